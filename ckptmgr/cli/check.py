@@ -1,0 +1,184 @@
+"""``ckptmgr check``: may we resume, from where, and if not, why not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptmgr import resume
+from ckptmgr.cli import target
+from ckptmgr.cli.exit_codes import Exit
+from ckptmgr.cli.output import Output, Painted, size
+from ckptmgr.resume import Level, ResumeReport, Verdict
+
+if TYPE_CHECKING:
+    from ckptmgr.journal import Journal
+    from ckptmgr.lifecycle import CheckpointRecord
+    from ckptmgr.recovery import Found
+    from ckptmgr.rundir import RunDirectory
+
+HELP = "say whether the run may be resumed, from which path, and what speaks against it"
+DESCRIPTION = """\
+Say whether the run may be resumed and from which path, with every finding that
+speaks against it. Sizes are always compared with what was committed; --deep
+also reads every byte and compares the digests, of all series unless --series
+or --step is given."""
+EXAMPLES = """\
+  ckptmgr check runs/alpha
+  ckptmgr check runs/alpha --world-size 16
+  ckptmgr check runs/alpha --deep --json | jq '.reports[].candidates'"""
+
+_STATUS = {
+    Verdict.SAFE: Exit.OK,
+    Verdict.OLDER: Exit.OLDER_IS_SAFE,
+    Verdict.NONE: Exit.NOT_SAFE,
+    Verdict.UNSAFE: Exit.NOT_SAFE,
+    Verdict.CORRUPT: Exit.CORRUPT,
+}
+_COLOURS = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("--series", metavar="NAME", help="its series (default: checkpoint, or the only one)")
+    parser.add_argument("--step", metavar="N", type=target.step, help="judge only the checkpoint of this step")
+    parser.add_argument("--world-size", metavar="N", type=world_size, help="how many ranks will resume")
+    parser.add_argument("--deep", action="store_true", help="read every byte and verify the digests")
+
+
+def world_size(text: str) -> int:
+    """The argparse type of a world size: a whole number from 1."""
+    number = target.step(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("a world size is at least 1")
+    return number
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Print the findings and the verdict."""
+    with target.reading(args, directory=True) as (journal, rundir):
+        series = target.choose_series(journal, args.series)
+        everything = args.deep and args.series is None and args.step is None
+        others = [name for name in journal.series() if name != series] if everything else []
+        report, *beside = [
+            judge(
+                journal, rundir, name, step=args.step, world_size=args.world_size, deep_for=out if args.deep else None
+            )
+            for name in (series, *others)
+        ]
+        about = target.document(rundir, journal.run_id)
+    damaged = args.deep and any(candidate.damaged for one in (report, *beside) for candidate in one.candidates)
+    code = Exit.CORRUPT if damaged and report.verdict is Verdict.SAFE else status(report)
+    if out.as_json:
+        chosen = report.chosen
+        out.document(
+            {
+                "run": about,
+                "exit_code": int(code),
+                "series": series,
+                "verdict": report.verdict.value,
+                "path": str(rundir.absolute(chosen.directory)) if chosen is not None else None,
+                "step": chosen.step if chosen is not None else None,
+                "deep": args.deep,
+                "damaged": damaged,
+                "reports": [one.to_dict() for one in (report, *beside)],
+            }
+        )
+        return code
+    findings = [finding for one in (report, *beside) for finding in one.all_findings]
+    if findings:
+        out.table("LEVEL", "ID", "SERIES", "STEP", "FINDING", right=("STEP",)).add(
+            [
+                Painted(finding.level.value, _COLOURS[finding.level]),
+                finding.id,
+                finding.series,
+                str(finding.step) if finding.step is not None else "",
+                f"{finding.text}; hint: {out.hint(finding.hint)}" if finding.hint else finding.text,
+            ]
+            for finding in findings
+        )
+    out.line(verdict_line(report, rundir))
+    if code is Exit.CORRUPT and report.verdict is Verdict.SAFE:
+        out.line(Painted("but damage was found: see the errors above", "red"))
+    return code
+
+
+def judge(
+    journal: Journal,
+    rundir: RunDirectory,
+    series: str,
+    *,
+    step: int | None = None,
+    world_size: int | None = None,
+    deep_for: Output | None = None,
+) -> ResumeReport:
+    """
+    What the resume checker says of one series, with every file's size compared.
+
+    Args:
+        journal: Opened for reading.
+        rundir: Its run directory.
+        series: The series to judge.
+        step: Judge only this step.
+        world_size: How many ranks will resume, if known.
+        deep_for: Also verify the digests, showing the progress here.
+    """
+    records = journal.checkpoints(series=series)
+    live = [record for record in records if record.is_live and step in (None, record.step)]
+    found = rundir.listing([series], sizes_for={record.directory for record in live})
+    if deep_for is not None:
+        found = verify_digests(journal, rundir, live, found, deep_for)
+    return resume.check(
+        records,
+        found,
+        series=series,
+        step=step,
+        world_size=world_size,
+        live_epoch=target.live_epoch(journal) is not None,
+    )
+
+
+def verify_digests(
+    journal: Journal, rundir: RunDirectory, live: Sequence[CheckpointRecord], found: Sequence[Found], out: Output
+) -> list[Found]:
+    """*found*, with every byte of each live checkpoint that is there compared with what the journal recorded."""
+    owner = {record.directory: record for record in live}
+    total = sum(record.bytes for record in live)
+    done = 0
+    verified = []
+    for item in found:
+        record = owner.get(item.path)
+        if record is None or item.holds != record.id:
+            verified.append(item)
+            continue
+
+        def read(count: int, path: str = item.path) -> None:
+            nonlocal done
+            done += count
+            out.progress(lambda: f"verifying {path}: {size(done)} of {size(total)}")
+
+        mismatches = rundir.verify(item.path, journal.files(record.id), digests=True, progress=read)
+        verified.append(dataclasses.replace(item, mismatches=mismatches))
+    out.progress(None)
+    return verified
+
+
+def status(report: ResumeReport) -> Exit:
+    """The exit status that a verdict means."""
+    return _STATUS[report.verdict]
+
+
+def verdict_line(report: ResumeReport, rundir: RunDirectory) -> Painted:
+    """The answer in one line, naming the path to resume from."""
+    if report.chosen is None:
+        reason = {
+            Verdict.NONE: f"nothing to resume from: series {report.series!r} has no committed checkpoint",
+            Verdict.CORRUPT: f"not safe to resume: no checkpoint of series {report.series!r} is intact",
+        }.get(report.verdict, f"not safe to resume from series {report.series!r}")
+        return Painted(reason, "red")
+    path = rundir.absolute(report.chosen.directory)
+    if report.verdict is Verdict.OLDER:
+        return Painted(f"the newest is not safe to resume from; an older one is: {path}", "yellow")
+    return Painted(f"safe to resume from {path}", "green")

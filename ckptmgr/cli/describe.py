@@ -1,0 +1,134 @@
+"""What is said about one checkpoint and one transition, in words for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptmgr.cli.output import Painted, timestamp
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
+
+if TYPE_CHECKING:
+    from ckptmgr.journal import Verification
+
+#: The journal's newest decision about each checkpoint: keep or drop, and why.
+Decisions = Mapping[int, tuple[str, Sequence[str]]]
+
+_COLOURS = {CheckpointState.COMMITTED: "green", CheckpointState.FAILED: "red"}
+
+
+def state(record: CheckpointRecord) -> Painted:
+    """The state, or how far its deletion is."""
+    if word := retirement(record):
+        return Painted(word, "dim")
+    return painted(record.state)
+
+
+def painted(word: CheckpointState) -> Painted:
+    """A state in its colour: green to resume from, red for failed, yellow while in flight."""
+    return Painted(word.value, _COLOURS.get(word, "yellow"))
+
+
+def retirement(record: CheckpointRecord) -> str | None:
+    """``retiring`` while it is being deleted, ``retired`` when it is gone, else None."""
+    if record.retired_at is not None:
+        return "retired"
+    return "retiring" if record.retire_started_at is not None else None
+
+
+def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
+    """Why a live checkpoint is kept: the reasons of the newest retention decision, and its pin."""
+    if not record.is_live:
+        return []
+    verdict, reasons = decisions.get(record.id, ("", ()))
+    kept = list(reasons) if verdict == "keep" else []
+    return ["pinned", *kept] if record.pinned and "pinned" not in kept else kept
+
+
+def why(record: CheckpointRecord, decisions: Decisions, *, live_epoch: int | None) -> str:
+    """One phrase: why it is kept, why it goes, why it failed, or that it is being written by *live_epoch*."""
+    if record.is_in_flight:
+        if record.epoch != live_epoch:
+            return f"left unfinished by epoch {record.epoch}; see `ckptmgr recover`"
+        return f"in flight, epoch {record.epoch}"
+    if record.state is CheckpointState.FAILED:
+        ranks = ", ".join(str(failure.get("rank")) for failure in record.failures)
+        of_ranks = f" (rank {ranks})" if ranks else ""
+        return (record.reason or "no reason recorded") + of_ranks
+    if record.retire_started_at is not None:
+        return record.retire_reason or ""
+    return ", ".join(kept_because(record, decisions))
+
+
+def document(record: CheckpointRecord, decisions: Decisions, run_directory: Path) -> dict[str, Any]:
+    """The checkpoint object of the JSON contract. Only a checkpoint one may resume from has a ``path``."""
+    return {
+        "checkpoint_id": record.id,
+        "series": record.series,
+        "step": record.step,
+        "format": record.format.value,
+        "state": record.state.value,
+        "retirement": retirement(record),
+        "path": str(run_directory / record.directory) if record.is_live else None,
+        "directory": record.directory,
+        "staging_directory": record.staging_directory,
+        "epoch": record.epoch,
+        "world_size": record.world_size,
+        "bytes": record.bytes,
+        "created_at": timestamp(record.created_at),
+        "committed_at": timestamp(record.committed_at),
+        "finished_at": timestamp(record.finished_at),
+        "stage_s": record.stage_s,
+        "write_s": record.write_s,
+        "gather_s": record.gather_s,
+        "commit_s": record.commit_s,
+        "pinned": record.pinned,
+        "kept_because": kept_because(record, decisions),
+        "reason": record.reason,
+        "failures": [
+            {
+                "rank": failure.get("rank"),
+                "host": failure.get("host"),
+                "cause": failure.get("cause"),
+                "silent": failure.get("silent", False),
+            }
+            for failure in record.failures
+        ],
+        "metrics": dict(record.metrics),
+        "per_rank": list(record.per_rank),
+        "overwrites": record.overwrites,
+        "manifest_digest": record.manifest_digest,
+        "retire_started_at": timestamp(record.retire_started_at),
+        "retired_at": timestamp(record.retired_at),
+        "retire_reason": record.retire_reason,
+    }
+
+
+def transition(row: TransitionRecord) -> dict[str, Any]:
+    """The transition object of the JSON contract."""
+    return {
+        "id": row.id,
+        "checkpoint_id": row.checkpoint_id,
+        "series": row.series,
+        "step": row.step,
+        "from": row.source.value if row.source is not None else None,
+        "to": row.dest.value,
+        "at": timestamp(row.at),
+        "epoch": row.epoch,
+        "host": row.host,
+        "pid": row.pid,
+        "note": row.note,
+    }
+
+
+def verification(row: Verification) -> dict[str, Any]:
+    """The verification object of the JSON contract."""
+    return {"at": timestamp(row.at), "level": row.level, "ok": row.ok, "mismatches": list(row.mismatches)}
+
+
+def by(row: TransitionRecord) -> str:
+    """Who made a transition and why, in one phrase."""
+    left = f"from {row.source.value}" if row.dest is CheckpointState.FAILED and row.source is not None else ""
+    said = ", ".join(part for part in (left, row.note) if part)
+    return f"{row.host} pid {row.pid}" + (f": {said}" if said else "")

@@ -1,0 +1,57 @@
+"""``ckptmgr latest``: the path to resume from, for scripts."""
+
+from __future__ import annotations
+
+import argparse
+
+from ckptmgr.cli import check, target
+from ckptmgr.cli.exit_codes import Exit
+from ckptmgr.cli.output import Output
+from ckptmgr.resume import Verdict
+
+HELP = "print the path of the newest checkpoint that is safe to resume from"
+DESCRIPTION = """\
+Print the absolute path of the newest checkpoint that `ckptmgr check` would
+accept, and nothing else. If that is not the newest one, a note on stderr says
+so, and the exit status is still 0."""
+EXAMPLES = """\
+  torchrun train.py --resume "$(ckptmgr latest runs/alpha)"
+  ckptmgr latest runs/alpha --series hf
+  ckptmgr latest runs/alpha --world-size 16 --json | jq -r .path"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("--series", metavar="NAME", help="its series (default: checkpoint, or the only one)")
+    parser.add_argument("--world-size", metavar="N", type=check.world_size, help="how many ranks will resume")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Print the path."""
+    with target.reading(args, directory=True) as (journal, rundir):
+        series = target.choose_series(journal, args.series)
+        report = check.judge(journal, rundir, series, world_size=args.world_size)
+        about = target.document(rundir, journal.run_id)
+    chosen = report.chosen
+    path = str(rundir.absolute(chosen.directory)) if chosen is not None else None
+    status = Exit.OK if chosen is not None else check.status(report)
+    if out.as_json:
+        out.document(
+            {
+                "run": about,
+                "series": series,
+                "verdict": report.verdict.value,
+                "path": path,
+                "step": chosen.step if chosen is not None else None,
+                "checkpoint_id": chosen.id if chosen is not None else None,
+                "newest_is_safe": report.newest_is_safe,
+            }
+        )
+        return status
+    if path is None:
+        out.note(check.verdict_line(report, rundir).text, "run `ckptmgr check RUN` for the findings")
+    else:
+        out.exactly(path)
+    if report.verdict is Verdict.OLDER:
+        out.note(check.verdict_line(report, rundir).text, "run `ckptmgr check RUN` for the findings")
+    return status

@@ -1,0 +1,78 @@
+"""``ckptmgr ls``: the checkpoints of a run, one line each."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ckptmgr.cli import describe, target
+from ckptmgr.cli.exit_codes import Exit
+from ckptmgr.cli.output import Output, age, size
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
+
+HELP = "list the checkpoints of a run: series, step, state, age, size, and why each is kept or failed"
+DESCRIPTION = """\
+List the checkpoints of a run, series by series, oldest first. Retired
+checkpoints, and failed attempts from before the newest commit of their series,
+are hidden unless --all is given."""
+EXAMPLES = """\
+  ckptmgr ls runs/alpha
+  ckptmgr ls runs/alpha --series hf --all
+  ckptmgr ls runs/alpha --json | jq -r '.checkpoints[].path | values'"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("--series", metavar="NAME", help="only this series")
+    parser.add_argument("--all", action="store_true", help="retired checkpoints and old failed attempts too")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Print the list."""
+    with target.reading(args) as (journal, rundir):
+        target.require_series(journal, args.series)
+        order = {name: place for place, name in enumerate(journal.series())}
+        records = sorted(journal.checkpoints(series=args.series), key=lambda record: (order[record.series], record.id))
+        decisions = journal.decisions()
+        live_epoch = target.live_epoch(journal)
+        about = target.document(rundir, journal.run_id)
+    shown = records if args.all else without_history(records)
+    hidden = len(records) - len(shown)
+    if out.as_json:
+        documents = [describe.document(record, decisions, rundir.path) for record in shown]
+        out.document({"run": about, "checkpoints": documents, "hidden": hidden})
+        return Exit.OK
+    now = time.time()
+    if shown:
+        out.table("SERIES", "STEP", "STATE", "AGE", "SIZE", "WHY", right=("STEP", "AGE", "SIZE")).add(
+            [
+                record.series,
+                str(record.step),
+                describe.state(record),
+                age(now - (record.committed_at or record.created_at)),
+                size(record.bytes) if record.bytes else "",
+                describe.why(record, decisions, live_epoch=live_epoch),
+            ]
+            for record in shown
+        )
+    else:
+        out.note("no checkpoints yet" if not records else "no checkpoints to resume from")
+    if hidden:
+        out.note(f"{hidden} retired or failed before the newest commit: --all shows them")
+    return Exit.OK
+
+
+def without_history(records: list[CheckpointRecord]) -> list[CheckpointRecord]:
+    """Leave out what has been retired, and what failed before the newest commit of its series."""
+    newest: dict[str, CheckpointRecord] = {}
+    for record in records:
+        best = newest.get(record.series)
+        if record.is_live and (best is None or (record.commit_seq or 0) > (best.commit_seq or 0)):
+            newest[record.series] = record
+
+    def is_history(record: CheckpointRecord) -> bool:
+        if record.state is CheckpointState.FAILED:
+            return record.series in newest and record.id < newest[record.series].id
+        return record.retired_at is not None
+
+    return [record for record in records if not is_history(record)]

@@ -1,0 +1,261 @@
+"""
+Everything the command prints goes through here.
+
+Results go to stdout and all else to stderr. With ``--json`` stdout carries the document and nothing
+else, and stderr stays empty but for the traceback of a bug. Text is cleaned of control characters
+at this one door, since names and reasons come from files that anyone may have written. Colour and
+line wrapping happen on a terminal only: what a pipe receives does not depend on where it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+#: The last column of a table is wrapped to what is left of the terminal, but never narrower than this.
+_NARROWEST = 20
+_PROGRESS_EVERY_S = 0.1
+
+
+class Painted(NamedTuple):
+    """Text with a colour, for terminals that have one."""
+
+    text: str
+    colour: str
+
+
+Span = str | Painted
+
+
+class Output:
+    """
+    Where one run of the command prints to.
+
+    A reader that has gone (``| head``) is not an error: what follows is dropped, and ``reader_left``
+    is set for those who would otherwise print for ever.
+
+    Args:
+        as_json: Print documents instead of text.
+        run: The words that stand for RUN in hints, or None before they are known.
+    """
+
+    def __init__(self, *, as_json: bool, run: Sequence[str] | None = None) -> None:
+        self.as_json = as_json
+        self.reader_left = False
+        self._run = shlex.join(run) if run else "RUN"
+        terminal = sys.stdout.isatty()
+        self._colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._width = shutil.get_terminal_size().columns if terminal else None
+        self._progress_shown_at: float | None = None
+
+    def document(self, body: Mapping[str, Any]) -> None:
+        """Print one JSON object on one line: strict JSON in ASCII, not-a-number as null, hints ready to be pasted."""
+        self._write(sys.stdout, json.dumps(self._strict(body), allow_nan=False) + "\n")
+
+    def line(self, *spans: Span) -> None:
+        """Print one line of the result."""
+        self._write(sys.stdout, self._render(spans).rstrip() + "\n")
+
+    def exactly(self, path: str) -> None:
+        """
+        Print a path for a script: every byte as it is, since a cleaned path would name something else.
+
+        On a terminal it is cleaned like any other text.
+        """
+        if sys.stdout.isatty():
+            self.line(path)
+            return
+        try:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self._reader_left(sys.stdout)
+
+    def table(self, *header: str, right: Sequence[str] = ()) -> Table:
+        """A table to add rows to, with the titles of its columns; those in *right* are set to the right."""
+        return Table(self, header, right)
+
+    def note(self, text: str, hint: str = "") -> None:
+        """Say something beside the result, on stderr; with ``--json`` the document says it."""
+        if self.as_json:
+            return
+        self._write(sys.stderr, clean(text) + "\n")
+        if hint:
+            self._write(sys.stderr, f"hint: {clean(self.hint(hint))}\n")
+
+    def traceback(self, text: str) -> None:
+        """Print the traceback of a bug, on stderr, with ``--json`` too."""
+        self._write(sys.stderr, "".join(clean(line) + "\n" for line in text.splitlines()))
+
+    def hint(self, text: str) -> str:
+        """*text* with the run that was asked about in place of the word RUN, ready to be pasted."""
+        return re.sub(r"\bRUN\b", lambda _: self._run, text)
+
+    def progress(self, text: Callable[[], str] | None) -> None:
+        """Show one line that replaces itself, on a terminal and not more often than is worth it; None ends it."""
+        if self.as_json or not sys.stderr.isatty():
+            return
+        now = time.monotonic()
+        if text is None:
+            if self._progress_shown_at is not None:
+                self._write(sys.stderr, "\r\x1b[K")
+            self._progress_shown_at = None
+        elif self._progress_shown_at is None or now - self._progress_shown_at > _PROGRESS_EVERY_S:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(sys.stderr, "\r\x1b[K" + clean(text())[:width])
+            self._progress_shown_at = now
+
+    def _strict(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): self.hint(item) if key == "hint" else self._strict(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._strict(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    def finish(self) -> None:
+        """Print what argparse has left in the buffer, or drop it if nobody reads it."""
+        self._write(sys.stdout, "")
+
+    def _render(self, spans: Iterable[Span]) -> str:
+        return "".join(self._paint(span) for span in spans)
+
+    def _paint(self, span: Span) -> str:
+        if isinstance(span, str):
+            return clean(span)
+        if not self._colour:
+            return clean(span.text)
+        return f"\x1b[{_COLOURS[span.colour]}m{clean(span.text)}\x1b[0m"
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            stream.write(text)
+            stream.flush()
+        except BrokenPipeError:
+            self._reader_left(stream)
+
+    def _reader_left(self, stream: TextIO) -> None:
+        """Let the rest, the interpreter's own last flush included, go nowhere."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        self.reader_left = self.reader_left or stream is sys.stdout
+
+
+class Table:
+    """
+    Columns that stay aligned over several batches of rows, as a log that is being followed needs.
+
+    An empty cell is printed as ``-``. On a terminal the last column is wrapped; elsewhere a row is a line.
+    """
+
+    def __init__(self, out: Output, header: Sequence[str], right: Sequence[str]) -> None:
+        self._out = out
+        self._header: Sequence[str] | None = header
+        self._right = [title in right for title in header]
+        self._widths = [len(title) for title in header]
+
+    def add(self, rows: Iterable[Sequence[Span]]) -> None:
+        """Print *rows*, after the header if they are the first."""
+        batch = [[_cleaned(cell) for cell in row] for row in rows]
+        for row in batch:
+            self._widths = [max(width, len(_text(cell))) for width, cell in zip(self._widths, row, strict=True)]
+        if self._header is not None:
+            batch.insert(0, [Painted(title, "bold") for title in self._header])
+            self._header = None
+        lines = [line for row in batch for line in self._lines(row)]
+        self._out._write(sys.stdout, "".join(line.rstrip() + "\n" for line in lines))
+
+    def _lines(self, row: Sequence[Span]) -> list[str]:
+        *fixed, last = row
+        left = ""
+        for cell, width, right in zip(fixed, self._widths, self._right, strict=False):
+            gap = " " * (width - len(_text(cell)))
+            painted = self._out._paint(cell)
+            left += (gap + painted if right else painted + gap) + "  "
+        indent = sum(width + 2 for width in self._widths[:-1])
+        if self._out._width is None:
+            return [left + self._out._paint(last)]
+        room = max(_NARROWEST, self._out._width - indent)
+        pieces = textwrap.wrap(_text(last), room, break_on_hyphens=False) or [""]
+        spans = [Painted(piece, last.colour) if isinstance(last, Painted) else piece for piece in pieces]
+        first, *rest = [self._out._paint(span) for span in spans]
+        return [left + first, *(" " * indent + piece for piece in rest)]
+
+
+def clean(text: str) -> str:
+    """*text* on one line, with every character that could steer a terminal replaced by ``\\ufffd``."""
+    if text.isascii() and text.isprintable():
+        return text
+    spaced = text.replace("\n", " ").replace("\t", " ")
+    return "".join("\ufffd" if unicodedata.category(char) in _UNPRINTABLE else char for char in spaced)
+
+
+#: Control, format (which hides or reverses text), surrogate, and line or paragraph separators.
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _text(cell: Span) -> str:
+    return cell if isinstance(cell, str) else cell.text
+
+
+def _cleaned(cell: Span) -> Span:
+    text = clean(_text(cell)) or "-"
+    return text if isinstance(cell, str) else Painted(text, cell.colour)
+
+
+def timestamp(at: float | None, *, timespec: str = "milliseconds") -> str | None:
+    """Unix seconds as UTC in ISO 8601, such as ``2026-08-01T12:00:00.123Z``; None stays None."""
+    if at is None:
+        return None
+    try:
+        moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        return "unreadable"
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit: ``12 s``, ``5 min``, ``30 h``, ``3 d``."""
+    seconds = max(0.0, seconds)
+    for limit, unit, name in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{int(seconds // unit)} {name}"
+    return f"{int(seconds // 86400)} d"
+
+
+def duration(seconds: float | None) -> str:
+    """A measured time: ``0.12 s``, ``3.4 s``, ``2 min 5 s``."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def size(count: int) -> str:
+    """Bytes in powers of ten: ``512 B``, ``81.4 GB``."""
+    if count < 1000:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} PB"

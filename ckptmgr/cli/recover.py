@@ -1,0 +1,220 @@
+"""``ckptmgr recover``: what a crash left and what would be done; ``--apply``; ``--rebuild`` for a lost journal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptmgr import durable, recovery
+from ckptmgr.cli import target
+from ckptmgr.cli.exit_codes import Exit
+from ckptmgr.cli.output import Output, Painted, size
+from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
+
+if TYPE_CHECKING:
+    from ckptmgr.rundir import RunDirectory
+
+HELP = "say what a crash left and what would be done about it; --apply does it"
+DESCRIPTION = """\
+Say what a crash left in the run directory and the journal, and what would be
+done about it. A manager does the same when it starts. Nothing is changed
+without --apply, which takes the run lock.
+
+With --rebuild, reconstruct a lost or damaged journal from the manifests on
+disk. A damaged journal is moved aside, never deleted. Sizes are compared on
+the way; run `ckptmgr check --deep` afterwards."""
+EXAMPLES = """\
+  ckptmgr recover runs/alpha
+  ckptmgr recover runs/alpha --apply
+  ckptmgr recover runs/alpha --rebuild --apply"""
+
+COMMAND = "ckptmgr recover"
+REBUILD_COMMAND = "ckptmgr recover --rebuild"
+
+#: Why a journal is rebuilt.
+MISSING, DAMAGED, UNFINISHED = "missing", "damaged", "unfinished"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("--apply", action="store_true", help="do it")
+    parser.add_argument("--rebuild", action="store_true", help="reconstruct a lost or damaged journal")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Print the plan, or carry it out."""
+    if args.rebuild:
+        return rebuild(args, out)
+    return apply(args, out) if args.apply else preview(args, out)
+
+
+def preview(args: argparse.Namespace, out: Output) -> int:
+    """Say what would be done; takes no lock."""
+    with target.reading(args, directory=True) as (journal, rundir):
+        report = recovery.preview(journal, rundir)
+        live_epoch = target.live_epoch(journal)
+        about = target.document(rundir, journal.run_id)
+    if out.as_json:
+        out.document({"run": about, "live_epoch": live_epoch, **report.to_dict()})
+        return Exit.OK
+    if live_epoch is not None and report.changes:
+        out.note(f"epoch {live_epoch} may still be running; what it has in flight was not left by a crash")
+    print_actions(out, report, todo="would")
+    if report.changes:
+        out.note("nothing was changed", "`ckptmgr recover RUN --apply` does it")
+    return Exit.OK
+
+
+def apply(args: argparse.Namespace, out: Output) -> int:
+    """Do it, under the run lock and in an epoch of its own."""
+    from ckptmgr.journal import Journal
+
+    rundir = target.locate(args)
+    target.require_journal(rundir)
+    if not rundir.path.is_dir():
+        raise InvalidArgument(f"there is no run directory {rundir.path}", hint="put it back, or mount it, first")
+    with target.locked(rundir, COMMAND):
+        refuse_to_migrate(rundir)
+        with Journal.open(rundir.journal_path) as journal:
+            # What is not there would be given up: an unmounted file system must not cost a checkpoint.
+            target.require_pair(journal, rundir)
+            target.require_mark(journal, rundir)
+            with target.epoch(journal, COMMAND) as who:
+                report = recovery.recover(journal, rundir, **who)
+            about = target.document(rundir, journal.run_id)
+    if out.as_json:
+        out.document({"run": about, "live_epoch": None, **report.to_dict()})
+        return Exit.OK
+    print_actions(out, report, todo="did")
+    for before, now in report.set_aside.items():
+        out.line(f"set aside for inspection: {before} is now {now}")
+    return Exit.OK
+
+
+def refuse_to_migrate(rundir: RunDirectory) -> None:
+    """
+    Refuse a journal that opening it for writing would upgrade: that is for ``ckptmgr upgrade``.
+
+    Raises:
+        JournalSchemaMismatch: It has another schema.
+        JournalCorrupt: It is damaged.
+    """
+    from ckptmgr.journal import Journal
+
+    try:
+        Journal.open_read_only(rundir.journal_path).close()
+    except (JournalSchemaMismatch, JournalCorrupt):
+        raise
+    except JournalError:
+        # A transaction that a crash cut short keeps readers out; opening it for writing undoes it.
+        pass
+
+
+def print_actions(out: Output, report: recovery.RecoveryReport, *, todo: str) -> None:
+    """Print what is done and what is only reported, one line each."""
+    for action in report.changes:
+        out.line(Painted(todo, "yellow"), f"  {action.text}")
+    for action in report.reports:
+        out.line(Painted("note", "dim"), f"  {action.text}")
+    if not report.changes:
+        out.line(Painted("nothing to recover", "green"))
+
+
+def rebuild(args: argparse.Namespace, out: Output) -> int:
+    """Reconstruct the journal from the manifests, or say what it would hold."""
+    from ckptmgr.journal import Journal
+
+    rundir = target.locate(args)
+    report = recovery.preview_rebuild(rundir)
+    if rundir.run_id() is None and not report.checkpoints:
+        raise JournalNotFound(
+            f"{rundir.path} holds no checkpoint of a ckptmgr run to rebuild a journal from",
+            path=str(rundir.journal_path),
+        )
+    state, reason = judge_journal(rundir)
+    moved: Path | None = None
+    if args.apply:
+        with target.locked(rundir, REBUILD_COMMAND):
+            # Again, now that nobody else can change it.
+            state, reason = judge_journal(rundir)
+            if state is not UNFINISHED:
+                moved = move_aside(rundir.journal_path)
+            # Crash here: no journal; rebuilding again starts anew.
+            with Journal.open(rundir.journal_path) as journal, target.epoch(journal, REBUILD_COMMAND) as who:
+                report = recovery.rebuild(journal, rundir, **who)
+    if out.as_json:
+        document = report.to_dict()
+        about = target.document(rundir, document.pop("run_id"))
+        rest = {"journal_was": state, "reason": reason, "moved_aside": str(moved) if moved else None, **document}
+        out.document({"run": about, **rest})
+        return Exit.OK
+    out.line(f"journal {rundir.journal_path} {'was' if args.apply else 'is'} {state}: {reason}")
+    if moved:
+        out.line(f"moved aside to {moved}")
+    for candidate in report.checkpoints:
+        out.line(
+            Painted("took in" if args.apply else "would take in", "green"),
+            f"  {candidate.path} ({size(candidate.manifest.bytes)})",
+        )
+    for skipped in report.skipped:
+        out.line(Painted("note", "dim"), f"  {skipped.text}")
+    if not args.apply:
+        out.note("nothing was changed", "`ckptmgr recover RUN --rebuild --apply` does it")
+    return Exit.OK
+
+
+def judge_journal(rundir: RunDirectory) -> tuple[str, str]:
+    """
+    Why the journal has to be rebuilt: MISSING, DAMAGED or UNFINISHED, and more of it in words.
+
+    Raises:
+        InvalidArgument: It does not have to be: the journal can be read.
+        JournalSchemaMismatch: It has another schema, which is no damage.
+    """
+    from ckptmgr.journal import Journal
+
+    if not os.path.lexists(rundir.journal_path):
+        return MISSING, "there is none"
+    try:
+        with Journal.open_read_only(rundir.journal_path) as journal:
+            epochs = journal.epochs()
+            rows = journal.checkpoints()
+            # All of it, or a damaged page that nobody asked for would pass for a healthy journal.
+            journal.transitions()
+            journal.decisions()
+            for record in rows:
+                journal.files(record.id)
+                journal.verifications(record.id)
+    except JournalCorrupt as error:
+        return DAMAGED, error.reason
+    except JournalNotFound:
+        return UNFINISHED, "it was created and never filled"
+    if rows and not (epochs[-1].command == REBUILD_COMMAND and epochs[-1].ended_at is None):
+        raise InvalidArgument(
+            f"{rundir.journal_path} can be read and has {len(rows)} checkpoints, so there is nothing to rebuild",
+            hint="run `ckptmgr recover RUN`; to rebuild all the same, move it and its -journal file away together",
+        )
+    return UNFINISHED, "it can be read, but its rebuilding or its first use was cut short"
+
+
+def move_aside(journal: Path) -> Path | None:
+    """
+    Give a damaged journal, and SQLite's rollback journal of it, a name nobody opens. Durable on return.
+
+    Returns:
+        The new name of the journal; None if there was only a rollback journal, or nothing.
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = journal.with_name(f"{journal.name}.corrupt-{stamp}")
+    # The database first: a rollback journal without one is harmless, while a database without its
+    # rollback journal could pass for a whole one. Crash here: the next rebuild moves the other.
+    with contextlib.suppress(FileNotFoundError):
+        durable.rename_new(journal, aside)
+    with contextlib.suppress(FileNotFoundError):
+        durable.rename_new(Path(f"{journal}-journal"), Path(f"{aside}-journal"))
+    durable.sync_directory(journal.parent)
+    return aside if os.path.lexists(aside) else None

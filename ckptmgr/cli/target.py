@@ -1,0 +1,218 @@
+"""
+Which run a command is about: its journal and its run directory, opened for reading or for a change.
+
+Reading takes no lock and changes nothing. A change takes the run lock first, so that it can never
+happen beside a training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptmgr.errors import ForeignJournal, InvalidArgument, JournalNotFound
+
+if TYPE_CHECKING:
+    from ckptmgr.journal import Journal
+    from ckptmgr.rundir import RunDirectory
+
+JOURNAL_SUFFIX = ".journal.db"
+DEFAULT_SERIES = "checkpoint"
+
+
+def locate(args: argparse.Namespace) -> RunDirectory:
+    """
+    The run that RUN and ``--journal`` name. Nothing is opened or created.
+
+    Raises:
+        InvalidArgument: RUN is a journal file and ``--journal`` names another one.
+    """
+    from ckptmgr.rundir import RunDirectory
+
+    given = Path(args.run)
+    if args.journal is not None and given.name.endswith(JOURNAL_SUFFIX) and not given.is_dir():
+        raise InvalidArgument(
+            f"RUN {args.run!r} is a journal and --journal names one too",
+            hint="give the run directory together with --journal",
+        )
+    return RunDirectory(args.run, args.journal)
+
+
+@contextlib.contextmanager
+def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tuple[Journal, RunDirectory]]:
+    """
+    The run's journal, opened read-only, and its directory.
+
+    Args:
+        args: The parsed command line.
+        directory: Whether what stands in the run directory will be judged.
+
+    Raises:
+        JournalNotFound: There is none.
+        JournalSchemaMismatch: It was written by another version.
+        JournalCorrupt: It is damaged.
+        ForeignJournal: It belongs to another run directory.
+    """
+    from ckptmgr.journal import Journal
+
+    rundir = locate(args)
+    require_journal(rundir)
+    with Journal.open_read_only(rundir.journal_path) as journal:
+        require_pair(journal, rundir)
+        if directory:
+            require_mark(journal, rundir)
+        yield journal, rundir
+
+
+def require_journal(rundir: RunDirectory) -> None:
+    """
+    Check that something stands at the journal's place, without opening it.
+
+    Raises:
+        JournalNotFound: Nothing does; the hint says more if the run directory had a journal once.
+    """
+    rundir.require_journal()
+    if not os.path.lexists(rundir.journal_path):
+        raise JournalNotFound(f"there is no journal at {rundir.journal_path}", path=str(rundir.journal_path))
+
+
+def require_pair(journal: Journal, rundir: RunDirectory) -> None:
+    """
+    Check, without marking anything, that journal and directory are of one run.
+
+    Raises:
+        ForeignJournal: They are not.
+    """
+    found = rundir.run_id()
+    if found is not None and found != journal.run_id:
+        raise ForeignJournal(
+            f"{rundir.path} belongs to run {found}, but its journal {rundir.journal_path} to run {journal.run_id}",
+            hint="name the run directory's own journal with --journal PATH",
+            path=str(rundir.journal_path),
+            found=journal.run_id,
+            expected=found,
+        )
+
+
+def require_mark(journal: Journal, rundir: RunDirectory) -> None:
+    """
+    Refuse to judge a run directory that does not say which run it is: everything in it would look foreign.
+
+    Raises:
+        ForeignJournal: The journal has checkpoints, the directory stands, and its mark is gone.
+    """
+    from ckptmgr.rundir import RUN_ID_NAME
+
+    if rundir.run_id() is None and rundir.path.is_dir() and journal.checkpoints():
+        raise ForeignJournal(
+            f"{rundir.path} does not say that it belongs to run {journal.run_id}",
+            hint=f"is its file system mounted? If it is, write {journal.run_id} into {rundir.path / RUN_ID_NAME}",
+            path=str(rundir.journal_path),
+            found=journal.run_id,
+            expected="",
+        )
+
+
+@contextlib.contextmanager
+def locked(rundir: RunDirectory, command: str) -> Iterator[None]:
+    """
+    Hold the run lock for *command*, or fail at once.
+
+    Raises:
+        RunLocked: Another process holds it.
+        LockUnsupported: The file system cannot lock.
+    """
+    rundir.acquire(command)
+    try:
+        yield
+    finally:
+        rundir.release()
+
+
+@contextlib.contextmanager
+def epoch(journal: Journal, command: str) -> Iterator[dict[str, Any]]:
+    """
+    An epoch of its own for *command*; the caller holds the run lock.
+
+    Gives the keyword arguments that name it: ``epoch``, ``host``, ``pid``. An epoch that a crash
+    cut short stays open in the journal, as a training run's would.
+    """
+    import importlib.metadata  # slow to import, and most commands change nothing
+
+    who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    versions = {"ckptmgr": importlib.metadata.version("ckptmgr"), "python": platform.python_version()}
+    number = journal.begin_epoch(**who, command=command, versions=versions)
+    yield {"epoch": number, **who}
+    journal.end_epoch(number)
+
+
+def step(text: str) -> int:
+    """The argparse type of a step: a whole number from 0 that SQLite can hold."""
+    if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step: give a whole number, 0 or more")
+    return int(text)
+
+
+def choose_series(journal: Journal, asked: str | None) -> str:
+    """
+    The series a command about one series means: the one asked for, ``checkpoint``, or the only one.
+
+    A series without any row is fine: it has nothing to resume from, which the command will say.
+
+    Raises:
+        InvalidArgument: There are several and none of them is called ``checkpoint``.
+    """
+    if asked is not None:
+        from ckptmgr.rundir import check_series_name
+
+        return check_series_name(asked)
+    known = journal.series()
+    if DEFAULT_SERIES in known or not known:
+        return DEFAULT_SERIES
+    if len(known) > 1:
+        raise InvalidArgument(f"this run has the series {', '.join(known)}", hint="choose one with --series NAME")
+    return known[0]
+
+
+def require_series(journal: Journal, asked: str | None) -> None:
+    """
+    Check a ``--series`` that filters.
+
+    Raises:
+        InvalidArgument: The journal has no row of that series.
+    """
+    known = journal.series()
+    if asked is not None and asked not in known:
+        raise InvalidArgument(f"no series {asked!r} in this run; it has {', '.join(known) or 'none yet'}")
+
+
+def live_epoch(journal: Journal) -> int | None:
+    """
+    The newest epoch if its process may still be running, else None.
+
+    Told from its row, since a reader takes no lock: on this host by its process, on another host
+    by the epoch not having been ended.
+    """
+    epochs = journal.epochs()
+    if not epochs or epochs[-1].ended_at is not None:
+        return None
+    newest = epochs[-1]
+    if newest.host == socket.gethostname():
+        try:
+            os.kill(newest.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return None
+        except PermissionError:
+            pass
+    return newest.epoch
+
+
+def document(rundir: RunDirectory, run_id: str | None) -> dict[str, Any]:
+    """The ``run`` object of every JSON document."""
+    return {"run_id": run_id, "directory": str(rundir.path), "journal": str(rundir.journal_path)}

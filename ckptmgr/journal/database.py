@@ -1,0 +1,325 @@
+"""
+Opening SQLite the one right way.
+
+Every connection to a journal, Alembic's included, comes from `connect`; every transaction runs in
+a `Database`. The rules (see docs/explanation/durability.md):
+
+- ``journal_mode=PERSIST``, ``synchronous=EXTRA``, ``mmap_size=0``, set and read back each time.
+  PERSIST can still record a failure on a full disk; EXTRA also syncs the directory; WAL needs
+  shared memory and kills its readers on a full disk.
+- Writers take the write lock at BEGIN, so that a transaction never finds out half-way that it
+  was too late.
+- An exception from COMMIT means *unknown*. The connection is thrown away, the journal opened
+  again, and the row that names the last transaction decides.
+- The file is opened by SQLite alone, under one path: closing any other descriptor of it drops
+  this process's locks, and a second name would have a rollback journal of its own.
+- A connection is never carried over a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import threading
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound
+from ckptmgr.journal import schema
+
+#: How long a connection waits for another one's lock, in milliseconds.
+BUSY_TIMEOUT_MS = 10_000
+
+Mode = Literal["ro", "rw", "rwc"]
+
+
+def plain_path(path: Path) -> Path:
+    """
+    The one name of the journal *path*: absolute, its folder free of links.
+
+    Raises:
+        JournalError: It is a link, has a second name, or is no regular file.
+    """
+    folder = Path(os.path.abspath(path)).parent.resolve()  # noqa: PTH100  (Path.absolute keeps "..")
+    plain = folder / Path(path).name
+    try:
+        found = plain.lstat()
+    except FileNotFoundError:
+        return plain
+    except OSError as error:
+        raise JournalError(f"{plain} cannot be looked at: {error.strerror}") from error
+    if stat.S_ISLNK(found.st_mode):
+        raise JournalError(f"{plain} is a symbolic link", hint="give the path the link points to")
+    if not stat.S_ISREG(found.st_mode):
+        raise JournalError(f"{plain} is not a file", hint="give the .journal.db file beside the run directory")
+    if found.st_nlink > 1:
+        # Under its other name SQLite would look for another rollback journal and miss an unfinished transaction.
+        raise JournalError(
+            f"{plain} has {found.st_nlink} names (hard links)",
+            hint="replace it by a real copy while no manager runs: cp --reflink=auto J J.copy && mv J.copy J",
+        )
+    return plain
+
+
+def connect(path: Path, mode: Mode, *, foreign_keys: bool = True) -> sqlite3.Connection:
+    """
+    Open the journal *path* (from `plain_path`) and set what must hold on every connection.
+
+    Args:
+        path: The one name of the journal.
+        mode: ``ro`` reads, ``rw`` also writes, ``rwc`` also creates.
+        foreign_keys: Off only for migrations, which drop tables that others refer to.
+
+    Raises:
+        sqlite3.Error: SQLite refused.
+        JournalError: SQLite did not take a setting.
+    """
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}",
+        uri=True,
+        timeout=BUSY_TIMEOUT_MS / 1000,
+        isolation_level=None,  # BEGIN and COMMIT are ours; the driver's own guesses break transactional DDL
+        check_same_thread=False,  # Database serialises its users
+    )
+    try:
+        for name, value, taken in (
+            ("busy_timeout", str(BUSY_TIMEOUT_MS), BUSY_TIMEOUT_MS),
+            ("journal_mode", "PERSIST", "persist"),
+            ("synchronous", "EXTRA", 3),
+            ("mmap_size", "0", 0),
+            ("foreign_keys", "ON" if foreign_keys else "OFF", int(foreign_keys)),
+        ):
+            connection.execute(f"PRAGMA {name}={value}").close()
+            row = connection.execute(f"PRAGMA {name}").fetchone()
+            # A SQLite built without memory mapping answers mmap_size with no row at all.
+            if row != (taken,) and not (row is None and name == "mmap_size"):
+                raise JournalError(f"SQLite did not take {name}={value} on {path}: {row}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def create_journal_engine(path: Path, mode: Mode, *, foreign_keys: bool = True) -> Engine:
+    """An engine whose every connection is `connect`'s, and whose transactions begin as its execution option says."""
+    engine = create_engine(
+        "sqlite://", creator=lambda: connect(path, mode, foreign_keys=foreign_keys), poolclass=NullPool
+    )
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))
+
+    return engine
+
+
+def revision(connection: sqlite3.Connection, path: Path) -> str | None:
+    """
+    The schema revision of an open journal; None for one that is still empty.
+
+    Raises:
+        JournalCorrupt: Journal of no revision, or of several.
+        JournalError: A database that is no journal.
+    """
+    connection.execute("BEGIN")
+    try:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            return None
+        if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
+            raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
+        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    finally:
+        connection.execute("ROLLBACK")
+    if len(rows) != 1:
+        raise JournalCorrupt(f"{path} names {len(rows)} schema revisions", path=str(path), reason="no single revision")
+    return str(rows[0][0])
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn what SQLite and SQLAlchemy raise about *path* into ckptmgr's errors; the original is ``__cause__``."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _translate(error, path) from error
+    except DBAPIError as error:
+        if isinstance(error.orig, sqlite3.Error):
+            raise _translate(error.orig, path) from error
+        raise JournalError(f"{path}: {error}") from error
+    except SQLAlchemyError as error:
+        raise JournalError(f"{path}: {error}") from error
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise InvalidArgument(f"the journal cannot hold this value: {error}") from error
+
+
+def _translate(error: sqlite3.Error, path: Path) -> JournalError:
+    code = getattr(error, "sqlite_errorcode", 0)
+    text = str(error)
+    damaged = code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    # The revision was right, so a table or column that is not there has been lost.
+    if damaged or text.startswith(("no such table", "no such column", "Could not decode")):
+        return JournalCorrupt(f"{path} is damaged: {text}", path=str(path), reason=text)
+    if code == sqlite3.SQLITE_READONLY_ROLLBACK:
+        # A reader must not roll back: where locks do not reach other hosts, the writer may be alive.
+        return JournalError(
+            f"{path} holds an unfinished transaction of a process that died; it must be undone before reading",
+            hint="run `ckptmgr recover RUN --apply`, or start the manager again: both undo it under the run lock",
+        )
+    if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return JournalError(
+            f"{path} was locked by another process for more than {BUSY_TIMEOUT_MS / 1000:g} s",
+            hint="end the process that holds the journal open (fuser names it), then try again",
+        )
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        return JournalError(f"{path} cannot grow: {text}", hint="free space on that file system; nothing was changed")
+    if code & 0xFF == sqlite3.SQLITE_CANTOPEN and not path.exists():
+        return JournalNotFound(f"there is no journal at {path}", path=str(path))
+    return JournalError(f"{path}: {text} ({getattr(error, 'sqlite_errorname', type(error).__name__)})")
+
+
+class Database:
+    """
+    One journal file, one connection, one transaction at a time.
+
+    Threads may share it. A forked child may not: its first use raises JournalError and leaves the
+    parent's connection alone. A fork waits for a running transaction to end, because a child that
+    inherits half of one would roll it back under the parent when it exits.
+
+    Args:
+        path: From `plain_path`.
+        read_only: Never write, never create.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.lock = threading.RLock()
+        self._engine = create_journal_engine(path, "ro" if read_only else "rw")
+        self._connection: Connection | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        _databases.add(self)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One consistent view; holds off a writer's COMMIT, so fetch and leave."""
+        with self.lock, translated(self.path):
+            connection = self._connect()
+            connection.execution_options(begin="BEGIN")
+            try:
+                with connection.begin():
+                    yield connection
+            except SQLAlchemyError:
+                self._discard()
+                raise
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """
+        One durable transaction: when the block has been left without an error, it is on disk, synced.
+
+        Raises:
+            JournalError: It is not; nothing has changed, unless the message says that this is not known.
+        """
+        if self.read_only:
+            raise JournalError(f"{self.path} was opened for reading only")
+        with self.lock, translated(self.path):
+            connection = self._connect()
+            connection.execution_options(begin="BEGIN IMMEDIATE")
+            last_change = schema.run.c.last_change
+            mine = uuid.uuid4().hex
+            transaction = connection.begin()
+            try:
+                before = connection.execute(select(last_change)).scalar_one_or_none()
+                yield connection
+                connection.execute(update(schema.run).values(last_change=mine))
+            except BaseException as error:
+                try:
+                    transaction.rollback()
+                except SQLAlchemyError:
+                    # What failed first is the news; closing the connection rolls back as well.
+                    error.add_note("the connection to the journal had to be closed to roll back")
+                    self._discard()
+                raise
+            try:
+                transaction.commit()
+            except Exception as error:
+                self._discard()
+                now = self._last_change_after(error)
+                if now != mine:
+                    outcome = (
+                        "nothing was changed"
+                        if now == before
+                        else "another process wrote since; look at the journal before trying again"
+                    )
+                    raise JournalError(f"{self.path} did not take a transaction, {outcome}: {error}") from error
+            except BaseException:
+                self._discard()
+                raise
+
+    def close(self) -> None:
+        """Close the connection. Idempotent; in a forked child it only forgets it."""
+        with self.lock:
+            self._closed = True
+            if self._pid == os.getpid():
+                self._discard()
+
+    def _connect(self) -> Connection:
+        if self._pid != os.getpid():
+            raise JournalError(
+                f"{self.path} was opened by process {self._pid} and cannot be used by its forked child {os.getpid()}",
+                hint="open the journal in the process that uses it, and only in one of rank 0",
+            )
+        if self._closed:
+            raise JournalError(f"{self.path} is closed")
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def _discard(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # A connection that failed may fail to close as well; the next one does not depend on it.
+            with contextlib.suppress(SQLAlchemyError, sqlite3.Error):
+                connection.close()
+
+    def _last_change_after(self, failure: Exception) -> str | None:
+        try:
+            with self.reading() as connection:
+                return str(connection.execute(select(schema.run.c.last_change)).scalar_one())
+        except JournalError as error:
+            raise JournalError(
+                f"{self.path} failed at a COMMIT ({failure}) and cannot be read now ({error.message});"
+                " whether the transaction counts is not known",
+                hint="open the journal again and look",
+            ) from failure
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_forking = threading.Lock()
+_paused: list[Database] = []
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    for database in list(_databases):
+        database.lock.acquire()
+        _paused.append(database)
+
+
+def _after_fork() -> None:
+    while _paused:
+        _paused.pop().lock.release()
+    _forking.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -1,0 +1,111 @@
+"""
+Bring a journal to the schema of this version of ckptmgr, with Alembic at run time.
+
+A fresh journal is a journal at base: it gets the same migrations as an old one, so there is one
+path and every test walks it. All migrations run in one transaction that takes the write lock
+before it reads the revision; so a death in the middle changes nothing, and processes that start
+at once agree. There is no way back but the backup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
+from ckptmgr.journal import database, schema
+
+
+def script_location() -> str:
+    """Where the migrations lie: in the wheel, or live in the checkout of an editable installation."""
+    return str(resources.files("ckptmgr.migrations"))
+
+
+def schema_mismatch(path: Path, found: str | None) -> JournalSchemaMismatch:
+    """The error for a journal of another schema, with the command that helps."""
+    older = found is not None and found < schema.REVISION
+    return JournalSchemaMismatch(
+        f"{path} has schema {found}, this version of ckptmgr reads {schema.REVISION}",
+        hint="run `ckptmgr upgrade RUN`"
+        if older
+        else "the journal was written by a newer ckptmgr: run `pip install -U ckptmgr`",
+        path=str(path),
+        found=found,
+        expected=schema.REVISION,
+    )
+
+
+def backup_path(path: Path) -> Path:
+    """Where the journal *path* is copied to before it is upgraded: ``NAME.before-0002``."""
+    return path.with_name(f"{path.name}.before-{schema.REVISION}")
+
+
+def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
+    """
+    Run every migration the journal has not had yet. The caller holds the run lock. Rank 0 only.
+
+    An existing journal is first copied to `backup_path`. When this returns, the migrated journal
+    is on disk, synced; if it raises, the journal is what it was.
+
+    Args:
+        path: The journal.
+        create: Create it if there is none.
+
+    Returns:
+        The revision before (None: created now, or still empty) and after.
+
+    Raises:
+        JournalNotFound: There is no journal and *create* is false.
+        JournalSchemaMismatch: The journal is newer than this version of ckptmgr.
+        JournalCorrupt: The journal is damaged, or a migration would have broken references between tables.
+        JournalError: A migration died, or the backup could not be written.
+    """
+    path = database.plain_path(path)
+    if not create and not path.exists():
+        raise JournalNotFound(f"there is no journal at {path}", path=str(path))
+    with database.translated(path):
+        engine = database.create_journal_engine(path, "rwc" if create else "rw", foreign_keys=False)
+        with engine.begin() as connection:
+            # A second connection, because the revision has to be read before Alembic is known to be needed.
+            with contextlib.closing(database.connect(path, "ro")) as reader:
+                found = database.revision(reader, path)
+                if found == schema.REVISION:
+                    return found, found
+                if found is not None and found > schema.REVISION:
+                    raise schema_mismatch(path, found)
+                if found is not None:
+                    _back_up(reader, backup_path(path))
+            _run_migrations(path, connection)
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+            if broken is not None:
+                raise JournalCorrupt(
+                    f"{path} cannot be upgraded: a row of {broken[0]} refers to a row of {broken[2]} that is gone",
+                    path=str(path),
+                    reason="foreign_key_check",
+                )
+    return found, schema.REVISION
+
+
+def _run_migrations(path: Path, connection: Any) -> None:
+    from alembic import command  # slow to import, and needed only when there is work to do
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()  # no alembic.ini: nothing to ship, nothing to edit
+    config.set_main_option("script_location", script_location().replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, schema.REVISION)
+    except CommandError as error:
+        raise JournalError(f"{path} cannot be upgraded: {error}") from error
+
+
+def _back_up(source: sqlite3.Connection, target: Path) -> None:
+    """Copy the journal with SQLite's own backup, in one transaction, synced. An older copy is replaced."""
+    with database.translated(target), contextlib.closing(sqlite3.connect(database.plain_path(target))) as copy:
+        copy.execute("PRAGMA journal_mode=DELETE").close()
+        copy.execute("PRAGMA synchronous=EXTRA").close()
+        source.backup(copy)

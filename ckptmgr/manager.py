@@ -1,0 +1,720 @@
+"""
+`CheckpointManager`: the only room a trainer enters.
+
+Here is what happens on the training thread: agreeing with the other ranks, capturing the state, and
+hearing of failures. Everything after the capture happens in `finalizer`; everything that is decided,
+in `retention`, `recovery` and `resume`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from ckptmgr import recovery
+from ckptmgr import resume as resumption
+from ckptmgr.errors import (
+    CheckpointError,
+    InvalidArgument,
+    ManagerClosed,
+    RanksDisagree,
+    SaveFailed,
+    SaveInFlight,
+    StepAlreadySaved,
+    UnsafeResume,
+    WaitTimeout,
+)
+from ckptmgr.finalizer import Committed, Finalizer, Job, Leader, Ticks
+from ckptmgr.journal import Journal
+from ckptmgr.lifecycle import CheckpointState, Format
+from ckptmgr.options import Timeouts, WriterOptions
+from ckptmgr.ranks import Ranks
+from ckptmgr.retention import KeepAll, KeepRule
+from ckptmgr.rundir import RunDirectory, check_series_name
+from ckptmgr.writers import dcp
+from ckptmgr.writers.arena import Arena
+from ckptmgr.writers.dcp import DCP
+from ckptmgr.writers.huggingface import HuggingFace
+
+log = logging.getLogger("ckptmgr")
+
+OnFailure = Literal["raise", "warn", "terminate"]
+WhenBusy = Literal["wait", "skip", "raise"]
+Hook = Callable[[Committed], Any]
+
+_GO, _SKIP, _BUSY, _SAVED = range(4)
+MAX_STEP = 10**15
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """
+    A line of checkpoints of one kind, kept by one rule.
+
+    Args:
+        name: Its directory in the run directory: letters, digits, ``_`` and ``-``.
+        format: `DCP` or `HuggingFace`.
+        keep: Which checkpoints stay when a new one has committed; everything unless told otherwise.
+    """
+
+    name: str
+    format: DCP | HuggingFace
+    keep: KeepRule = dataclasses.field(default_factory=KeepAll)
+
+    def __post_init__(self) -> None:
+        check_series_name(self.name)
+        if not isinstance(self.format, DCP | HuggingFace):
+            raise InvalidArgument(f"series {self.name!r}: format must be DCP() or HuggingFace(...)")
+        if not isinstance(self.keep, KeepRule):
+            raise InvalidArgument(f"series {self.name!r}: keep must be a keep rule, like KeepLast(3)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that ``resume`` loaded."""
+
+    series: str
+    step: int
+    path: Path
+    world_size: int
+    metrics: Mapping[str, float]
+    checkpoint_id: int
+
+
+class PendingSave:
+    """A save on its way. It goes on in the background whether or not anyone waits."""
+
+    def __init__(self, job: Job, patience_s: float) -> None:
+        self._job = job
+        self._patience_s = patience_s
+
+    @property
+    def step(self) -> int:
+        """The step that is being saved."""
+        return self._job.step
+
+    @property
+    def series(self) -> str:
+        """The series it is saved in."""
+        return self._job.series
+
+    @property
+    def state(self) -> CheckpointState | None:
+        """COMMITTED or FAILED once that is known on this rank, None before. The journal has every state."""
+        return self._job.state
+
+    def done(self) -> bool:
+        """Whether it is COMMITTED or FAILED; never blocks."""
+        return self._job.settled.is_set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """
+        Wait until it is COMMITTED; on rank 0 also for its hooks and the deletions it caused.
+
+        All ranks should call, or none: a failure raised here is not raised again by ``poll``.
+
+        Args:
+            timeout: In seconds; by default as long as a save may take by its own timeouts.
+
+        Raises:
+            SaveFailed: It failed; the same on every rank.
+            WaitTimeout: It is still on its way.
+        """
+        deadline = time.monotonic() + (self._patience_s if timeout is None else timeout)
+        if not self._job.settled.wait(max(0.0, deadline - time.monotonic())):
+            waited = self._patience_s if timeout is None else timeout
+            raise WaitTimeout(
+                f"{self.series} step {self.step} is not committed after {waited:g} s",
+                hint="it is still on its way; wait again, or see `ckptmgr log RUN`",
+                what=f"{self.series} step {self.step}",
+                timeout_s=waited,
+            )
+        if self._job.failure is not None:
+            self._job.failure_seen = True
+            raise self._job.failure
+        self._job.finished.wait(max(0.0, deadline - time.monotonic()))
+
+    def __repr__(self) -> str:
+        return f"<PendingSave {self.series} step {self.step}: {self.state or 'in flight'}>"
+
+
+class CheckpointManager:
+    """
+    Saves and resumes the checkpoints of one run.
+
+    All ranks must create it together, with the same arguments. Rank 0 takes the run lock, opens the
+    journal, recovers what a crash left, and from then on is the only one to change journal and run
+    directory. The lock, the Gloo groups and the writer process are set up here and fail here, with the
+    same error on every rank.
+
+    Args:
+        run_dir: The run directory; created if missing. It must be on storage that all ranks share.
+        series: One or more `Series`; by default one named "checkpoint" in `DCP` format that keeps all.
+        journal: The journal's file, if it is not to be ``<run_dir>.journal.db``.
+        on_failure: What a failed save does at the next ``save`` or ``poll``, on every rank at the same
+            call: raise `SaveFailed`, warn, or send this process SIGTERM.
+        when_busy: What ``save`` does while the series has a save in flight: wait, skip, or raise.
+        on_commit: Called on rank 0, in the background, with a `Committed` after each commit. What a hook
+            raises is logged and undoes nothing.
+        timeouts: How long anything may wait, in seconds.
+        writers: How the writer processes treat the machine.
+
+    Raises:
+        RunLocked: Another process manages this run.
+        JournalError: The journal cannot be used; the subclass says why.
+        SetupFailed: A rank could not be set up.
+        InvalidArgument: The arguments make no sense.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        series: Sequence[Series] | None = None,
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        on_failure: OnFailure = "raise",
+        when_busy: WhenBusy = "wait",
+        on_commit: Hook | Iterable[Hook] = (),
+        timeouts: Timeouts | None = None,
+        writers: WriterOptions | None = None,
+    ) -> None:
+        self._series = _by_name(series)
+        self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
+        self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
+        self._timeouts = timeouts or Timeouts()
+        options = writers or WriterOptions()
+        hooks = [on_commit] if callable(on_commit) else list(on_commit)
+        self._rundir = RunDirectory(run_dir, journal)
+        self._pid = os.getpid()
+        self._closed = False
+        self._number = 0
+        self._journal: Journal | None = None
+        self._epoch = 0
+        self._leader: Leader | None = None
+        self._finalizer: Finalizer | None = None
+        self._in_flight: dict[str, Job] = {}
+        self._plans = {
+            name: _Plan(one.format.writer(), Arena(number)) for number, (name, one) in enumerate(self._series.items())
+        }
+        self._ticks = Ticks(self._timeouts)
+        self._ranks = Ranks(self._timeouts)
+        try:
+            self._set_up(hooks, options)
+        except BaseException:
+            self._tear_down(0.0)
+            raise
+        atexit.register(self._at_exit)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._rundir.path
+
+    @property
+    def writer_pid(self) -> int | None:
+        """The process id of this rank's writer process, None if it is not running."""
+        return self._finalizer.writer_pid if self._finalizer is not None else None
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        series: str = "checkpoint",
+        *,
+        metrics: Mapping[str, float] | None = None,
+        overwrite: bool = False,
+        when_busy: WhenBusy | None = None,
+    ) -> PendingSave | None:
+        """
+        Capture *state* and save it in the background. All ranks must call.
+
+        When this returns the state may change: it has been copied to host memory. Nothing is durable
+        yet; the checkpoint commits as soon as the last rank has written and synced its part.
+
+        Args:
+            step: The optimiser step, 0 or more.
+            state: Names to objects with ``state_dict`` (model, optimizer, …), tensors, `PerRank`, or plain
+                values. For an export: a model, the modules of a composed model by name prefix, or named tensors.
+            series: Which series.
+            metrics: Numbers for `KeepBest`; rank 0's count.
+            overwrite: Replace this step if it is committed; the old one stays until the new one is committed.
+            when_busy: Overrides the manager's.
+
+        Returns:
+            The pending save, or None if it was skipped because the series has one in flight.
+
+        Raises:
+            SaveFailed: An earlier save failed (with ``on_failure="raise"``); this one was not begun.
+            StepAlreadySaved: The step is committed and *overwrite* is False.
+            SaveInFlight: The series has a save in flight and ``when_busy`` is "raise".
+            InvalidArgument: The state cannot be saved, on the same call on every rank.
+            RanksDisagree: The ranks did not make the same call.
+        """
+        self._open()
+        chosen = self._find(series)
+        _check_step(step)
+        busy: WhenBusy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
+        numbers = _metrics(metrics)
+        self._hear(self._ticks.tick())
+        previous = self._in_flight.get(series)
+        if previous is not None and busy == "wait":
+            self._settle(previous)
+        plan = self._plans[series]
+        taken = error = None
+        try:
+            taken = plan.writer.take(state, self._ranks.rank)
+        except Exception as problem:  # noqa: BLE001 - agreed upon below, so that no rank is left waiting
+            error = problem
+        changed = taken is None or taken.signature != plan.signature
+        word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite)
+        call = [step, list(self._series).index(series), overwrite]
+        rows = self._ranks.agree([*call, changed, error is not None, self._ranks.broken, word])
+        if any(row[:3] != rows[0][:3] for row in rows):
+            names = list(self._series)
+            calls = tuple(f"save({row[0]}, series={names[row[1]]!r}, overwrite={bool(row[2])})" for row in rows)
+            raise RanksDisagree("the ranks are saving different things", what="save", values=calls)
+        self._obey(rows[0][6], series, step, previous)
+        if rows[0][6] == _SKIP:
+            return None
+        if any(row[4] for row in rows):
+            self._ranks.all_or_none(error, f"taking the state of {series} step {step}")
+        if previous is not None:
+            self._settle(previous, heard=True)
+        if any(row[5] for row in rows):
+            self._rebuild()
+        assert taken is not None
+        if any(row[3] for row in rows):
+            self._exchange(plan, taken)
+        job = self._capture(chosen, plan, taken, step, metrics=numbers, overwrite=overwrite)
+        self._in_flight[series] = job
+        assert self._finalizer is not None
+        self._finalizer.submit(job)
+        return PendingSave(job, self._patience_s)
+
+    def poll(self) -> list[PendingSave]:
+        """
+        Hear of failed saves. All ranks must call, once per step say; costs no message.
+
+        Returns:
+            The saves that are in flight.
+
+        Raises:
+            SaveFailed: A save failed; raised on every rank at the same call (with ``on_failure="raise"``).
+        """
+        self._open()
+        self._hear(self._ticks.tick())
+        return [PendingSave(job, self._patience_s) for job in self._in_flight.values() if not job.settled.is_set()]
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """
+        Put around in-place updates of the state, such as ``optimizer.step()``.
+
+        A capture is complete when ``save`` returns, so there is nothing to wait for; loops that are
+        written with it stay right when captures overlap with training.
+        """
+        yield
+
+    def warm_up(self, state: Mapping[str, Any], series: str = "checkpoint") -> None:
+        """
+        Do before training what the first save would have to: plan, allocate and touch memory. All ranks must call.
+
+        Args:
+            state: As it will be given to ``save``.
+            series: Which series.
+
+        Raises:
+            InvalidArgument: The state cannot be saved.
+            SetupFailed: A rank has no memory for its part.
+        """
+        self._open()
+        self._find(series)
+        plan = self._plans[series]
+        taken = error = None
+        try:
+            taken = plan.writer.take(state, self._ranks.rank)
+        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
+            error = problem
+        self._ranks.all_or_none(error, "taking the state")
+        assert taken is not None
+        self._exchange(plan, taken)
+        try:
+            plan.adopt()
+            assert self._finalizer is not None
+            if (cause := self._finalizer.start_writer([plan.arena])) is not None:
+                error = CheckpointError(cause)
+        except MemoryError as problem:
+            error = problem
+        self._ranks.all_or_none(error, "warming up")
+
+    # -- resuming -------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        state: MutableMapping[str, Any] | Mapping[str, Any],
+        step: int | None = None,
+        series: str = "checkpoint",
+        *,
+        allow_older: bool = False,
+        verify_digests: bool = False,
+    ) -> Resumed | None:
+        """
+        Load the newest committed checkpoint into *state*, in place. All ranks must call.
+
+        Rank 0 decides from the journal alone and tells the others; directories without a committed row
+        do not exist. Tensors are resharded to how *state* is sharded now.
+
+        Args:
+            state: As given to ``save``, or less. Plain values are put back into it if it is mutable.
+            step: A certain step instead of the newest.
+            series: Which series.
+            allow_older: Fall back to the next older safe checkpoint, with a warning, if the newest is not.
+            verify_digests: Read and check every byte first, not only names and sizes.
+
+        Returns:
+            What was loaded, or None if the series has no committed checkpoint and *step* is None.
+
+        Raises:
+            UnsafeResume: The newest (or *step*) is damaged or does not fit this number of ranks; ``report`` says why.
+            StateMismatch: *state* asks for something the checkpoint does not have.
+            CorruptCheckpoint: A file cannot be read.
+        """
+        self._open()
+        chosen = self._find(series)
+        if chosen.format.kind is not Format.DCP:
+            raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
+        _, per_rank = dcp.states.split(state)
+        strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
+        decided: Any = None
+        if self._ranks.rank == 0:
+            try:
+                decided = self._choose(series, step, strict, allow_older=allow_older, verify_digests=verify_digests)
+            except CheckpointError as problem:
+                decided = problem
+        decided = self._ranks.broadcast(decided)
+        if isinstance(decided, CheckpointError):
+            raise decided
+        if decided is None:
+            return None
+        resumed: Resumed = decided
+        error: Exception | None = None
+        plain: dict[str, Any] = {}
+        try:
+            same_world = resumed.world_size == self._ranks.world_size
+            plain = dcp.read(resumed.path, state, self._ranks.rank, same_world=same_world)
+        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
+            error = problem
+        self._ranks.all_or_none(error, f"loading {resumed.path}")
+        if isinstance(state, MutableMapping):
+            state.update(plain)
+        return resumed
+
+    # -- closing --------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> None:
+        """
+        Finish what is in flight, then leave nothing behind: no process, thread, memory or lock. All ranks must call.
+
+        Args:
+            timeout: In seconds; by default ``Timeouts.close_s``. What is still in flight then has failed.
+
+        Raises:
+            SaveFailed: A save failed that nobody was told of yet (with ``on_failure="raise"``).
+        """
+        if self._closed:
+            return
+        self._tear_down(self._timeouts.close_s if timeout is None else timeout)
+        self._hear(self._ticks.rest())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            self._tear_down(self._timeouts.close_on_error_s)
+            for job in self._ticks.rest():
+                log.error("%s", job.failure)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _set_up(self, hooks: Sequence[Hook], options: WriterOptions) -> None:
+        error: Exception | None = None
+        if self._ranks.rank == 0:
+            try:
+                self._take_over(hooks)
+            except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
+                error = problem
+        self._ranks.all_or_none(error, "opening the run")
+        run_id = self._ranks.broadcast(self._journal.run_id if self._journal is not None else None)
+        self._finalizer = Finalizer(
+            self._ranks, self._ticks, self._timeouts, options, run_id=run_id, leader=self._leader
+        )
+        cause = self._finalizer.start_writer()
+        self._ranks.all_or_none(CheckpointError(cause) if cause is not None else None, "starting the writer process")
+
+    def _take_over(self, hooks: Sequence[Hook]) -> None:
+        """Rank 0 only: lock, journal, epoch, recovery, projections."""
+        self._rundir.acquire("CheckpointManager", timeout_s=0.0)
+        self._rundir.require_journal()
+        self._journal = Journal.open(self._rundir.journal_path)
+        self._rundir.pair(self._journal.run_id)
+        known = {record.series: record.format for record in self._journal.checkpoints()}
+        for name, one in self._series.items():
+            if known.get(name, one.format.kind) is not one.format.kind:
+                raise InvalidArgument(f"series {name!r} holds {known[name]} checkpoints, not {one.format.kind}")
+        versions = _versions()
+        self._epoch = self._journal.begin_epoch(
+            host=self._ranks.host, pid=self._pid, command=Path(sys.argv[0] or "python").name, versions=versions
+        )
+        report = recovery.recover(self._journal, self._rundir, epoch=self._epoch, host=self._ranks.host, pid=self._pid)
+        for action in (*report.changes, *report.reports):
+            log.warning("recovery: %s", action.text)
+        self._leader = Leader(
+            self._journal, self._rundir, self._epoch,
+            host=self._ranks.host, series=list(self._series), versions=versions, hooks=hooks,
+        )  # fmt: skip
+        self._leader.project()
+
+    def _tear_down(self, timeout_s: float) -> None:
+        """The one place where everything is taken down; every step whatever became of the one before."""
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        idle = True
+        if self._finalizer is not None:
+            idle = self._finalizer.close(timeout_s)
+            if not idle:
+                log.error(
+                    "a save in flight could not be ended within %g s; it will be FAILED at the next start", timeout_s
+                )
+        elif self._leader is not None:
+            self._leader.close(timeout_s)
+        for plan in self._plans.values():
+            plan.arena.close()
+        if self._journal is not None:
+            with contextlib.suppress(CheckpointError):
+                if self._epoch:
+                    self._journal.end_epoch(self._epoch)
+            self._journal.close()
+        self._rundir.release()
+        if idle:
+            self._ranks.close()
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid and not self._closed:
+            log.warning("a CheckpointManager was not closed; closing it now")
+            self._tear_down(self._timeouts.close_on_error_s)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise ManagerClosed
+        if os.getpid() != self._pid:
+            raise ManagerClosed("this manager belongs to the process that this one was forked from")
+
+    def _find(self, series: str) -> Series:
+        try:
+            return self._series[series]
+        except KeyError:
+            raise InvalidArgument(f"there is no series {series!r}; there are {', '.join(self._series)}") from None
+
+    @property
+    def _patience_s(self) -> float:
+        """Longer than a save can take by its own timeouts: queueing, writing, reading back, and the messages."""
+        return len(self._series) * (
+            2 * self._timeouts.write_s + 6 * self._timeouts.gather_s + self._timeouts.collective_s
+        )
+
+    def _settle(self, job: Job, *, heard: bool = False) -> None:
+        """Wait until *job* is over; its failure is heard here, unless the caller has *heard* already."""
+        if not job.settled.wait(self._patience_s):
+            raise WaitTimeout(
+                f"{job.series} step {job.step} is still in flight after {self._patience_s:g} s",
+                what="the save in flight",
+                timeout_s=self._patience_s,
+            )
+        if not heard and job.failure is not None and not job.failure_seen:
+            self._hear([job])
+
+    def _hear(self, failed: Sequence[Job]) -> None:
+        failures = []
+        for job in failed:
+            job.failure_seen = True
+            assert job.failure is not None
+            failures.append(job.failure)
+        if not failures:
+            return
+        first: SaveFailed = failures[0]
+        for other in failures[1:]:
+            first.add_note(f"and: {other}")
+        if self._on_failure == "raise":
+            raise first
+        warnings.warn(str(first), RuntimeWarning, stacklevel=3)
+        if self._on_failure == "terminate":
+            signal.raise_signal(signal.SIGTERM)
+
+    def _rank_0_word(self, series: str, step: int, previous: Job | None, busy: WhenBusy, *, overwrite: bool) -> int:
+        """What rank 0 says to this save; the other ranks' word does not count."""
+        if self._leader is None:
+            return _GO
+        if previous is not None and not previous.settled.is_set():
+            return _SKIP if busy == "skip" else _BUSY
+        return _SAVED if not overwrite and self._leader.is_saved(series, step) else _GO
+
+    def _obey(self, word: int, series: str, step: int, previous: Job | None) -> None:
+        if word == _BUSY:
+            other = previous.step if previous is not None else -1
+            raise SaveInFlight(f"{series} has step {other} in flight", series=series, step=step, in_flight_step=other)
+        if word == _SAVED:
+            path = self._rundir.absolute(f"{series}/{self._series[series].format.kind.directory_name(step)}")
+            raise StepAlreadySaved(f"{series} step {step} is saved at {path}", series=series, step=step, path=str(path))
+
+    def _rebuild(self) -> None:
+        """Replace broken background groups, once no rank's finalizer uses them any more."""
+        for job in self._in_flight.values():
+            self._settle(job, heard=True)
+        self._ranks.agree([0])
+        self._ranks.rebuild()
+
+    def _exchange(self, plan: _Plan, taken: Any) -> None:
+        """Plan anew: every rank says what it has, rank 0 says who writes what. All ranks must call."""
+        error: Exception | None = None
+        mine: list[Any] | None = None
+        plans = self._ranks.gather(plan.writer.local_plan(taken))
+        if plans is not None:
+            try:
+                mine = plan.writer.plan_globally(plans)
+            except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
+                error = problem
+        self._ranks.all_or_none(error, "planning")
+        plan.layout, place = plan.writer.lay_out(self._ranks.scatter(mine), self._ranks.rank)
+        places = self._ranks.gather(place)
+        if places is not None:
+            plan.writer.accept_layouts(places)
+        plan.signature = taken.signature
+
+    def _capture(
+        self, series: Series, plan: _Plan, taken: Any, step: int, *, metrics: Mapping[str, float], overwrite: bool
+    ) -> Job:
+        started = time.monotonic()
+        files: Sequence[Any] = ()
+        report = cause = None
+        try:
+            plan.adopt()
+            plan.arena.capture(plan.writer.sources(taken))
+            small, report = plan.writer.small_files(taken, self._ranks.rank)
+            assert plan.layout is not None
+            files = (*plan.layout.files, *small)
+        except Exception as error:
+            log.exception("capturing %s step %d failed", series.name, step)
+            cause = f"{type(error).__name__}: {error}"
+        self._number += 1
+        return Job(
+            number=self._number, series=series.name, step=step, keep=series.keep, writer=plan.writer, arena=plan.arena,
+            files=tuple(files), report=report, stage_s=time.monotonic() - started, metrics=metrics,
+            per_rank=tuple(sorted(getattr(taken, "per_rank", ()))), overwrite=overwrite, cause=cause,
+        )  # fmt: skip
+
+    def _choose(
+        self, series: str, step: int | None, strict: Sequence[str], *, allow_older: bool, verify_digests: bool
+    ) -> Resumed | None:
+        """Rank 0 only: which checkpoint to load, from the journal."""
+        assert self._journal is not None
+        records = self._journal.checkpoints()
+        live = sorted(
+            (r for r in records if r.series == series and r.is_live and step in (None, r.step)),
+            key=lambda r: r.commit_seq or 0,
+        )
+        if not live and step is None:
+            return None
+        wanted = [record.directory for record in (live if allow_older else live[-1:])]
+        found = self._rundir.listing(
+            [series], deep_for=wanted if verify_digests else (), sizes_for=() if verify_digests else wanted
+        )
+        report = resumption.check(
+            records, found, series=series, step=step, world_size=self._ranks.world_size,
+            per_rank_used=strict, live_epoch=True,
+        )  # fmt: skip
+        record = report.chosen
+        if record is None or not (report.newest_is_safe or allow_older):
+            errors = [finding for finding in report.all_findings if finding.level is resumption.Level.ERROR]
+            text = "; ".join(f"{finding.id} {finding.text}" for finding in errors[:3])
+            raise UnsafeResume(f"not resuming from {series}: {text}", report=report)
+        if not report.newest_is_safe:
+            log.warning("resuming from the older %s step %d: the newest is not safe", series, record.step)
+        path = self._rundir.absolute(record.directory)
+        return Resumed(series, record.step, path, record.world_size, dict(record.metrics), record.id)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """One series' writer, its memory, and the layout that both agreed on."""
+
+    writer: Any
+    arena: Arena
+    layout: Any = None
+    signature: bytes | None = None
+
+    def adopt(self) -> None:
+        self.arena.adopt(self.layout)
+
+
+def _by_name(series: Sequence[Series] | None) -> dict[str, Series]:
+    given = [Series("checkpoint", DCP())] if series is None else list(series)
+    if not given or not all(isinstance(one, Series) for one in given):
+        raise InvalidArgument("series must be a non-empty list of Series")
+    named = {one.name: one for one in given}
+    if len({name.casefold() for name in named}) != len(given):
+        raise InvalidArgument(f"two series have the same name: {', '.join(one.name for one in given)}")
+    return named
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise InvalidArgument(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MAX_STEP:
+        raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
+
+
+def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    numbers = {}
+    for name, value in (metrics or {}).items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not isinstance(name, str) or not math.isfinite(number):
+            raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
+        numbers[name] = number
+    return numbers
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "ckptmgr": metadata.version("ckptmgr"),
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }

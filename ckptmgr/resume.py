@@ -1,0 +1,324 @@
+"""
+May we resume, and from which checkpoint? Findings with stable ids, and a verdict.
+
+Pure: the rows of the journal and what was found on disk in, a report out. Directories without a row
+are never candidates. Order is by ``commit_seq``, newest first: after a run has been set back the
+highest step number is not the newest checkpoint. The report never chooses silently: an older
+checkpoint is chosen with the verdict OLDER, and the caller decides whether that will do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptmgr.errors import InvalidArgument
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
+from ckptmgr.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from ckptmgr.recovery import Found
+
+#: Every finding there is: id → what it means. Ids are never reused for something else.
+FINDINGS: Mapping[str, str] = {
+    "R001": "nothing is committed",
+    "R002": "the directory of a committed checkpoint is missing",
+    "R003": "the manifest is missing, unreadable, or another checkpoint's",
+    "R004": "a file is missing or has another size than was committed",
+    "R005": "a file has other bytes than were committed",
+    "R006": "state that differs by rank was saved with another world size",
+    "R007": "a newer attempt failed",
+    "R008": "a directory is not known to the journal",
+    "R009": "an attempt was interrupted, and recovery has not decided it yet",
+    "R010": "a newer attempt is in flight",
+}
+DAMAGE = frozenset({"R002", "R003", "R004", "R005"})
+
+_SHOWN = 3
+_RECOVER = "run `ckptmgr recover RUN` to see what would be done; opening a CheckpointManager does it"
+
+
+class Level(enum.StrEnum):
+    """How bad a finding is. A candidate with an error is not safe to resume from."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+class Verdict(enum.StrEnum):
+    """What a report comes to."""
+
+    #: The newest committed checkpoint can be resumed from.
+    SAFE = "safe"
+    #: The newest cannot, an older one can.
+    OLDER = "older"
+    #: Nothing is committed.
+    NONE = "none"
+    #: There are committed checkpoints, and every one is damaged.
+    CORRUPT = "corrupt"
+    #: None can be resumed from under these circumstances, but not all are damaged.
+    UNSAFE = "unsafe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One result of the check. ``step`` and ``checkpoint_id`` are None where it is about no single attempt."""
+
+    id: str
+    level: Level
+    text: str
+    hint: str
+    series: str
+    step: int | None = None
+    checkpoint_id: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as JSON-able facts."""
+        return {**dataclasses.asdict(self), "level": self.level.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A live committed checkpoint, and whether it can be resumed from."""
+
+    record: CheckpointRecord
+    findings: tuple[Finding, ...]
+
+    @property
+    def safe(self) -> bool:
+        """Whether no finding is an error."""
+        return all(finding.level is not Level.ERROR for finding in self.findings)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether what is on disk is not what was committed."""
+        return any(finding.id in DAMAGE for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as JSON-able facts."""
+        return {
+            "checkpoint_id": self.record.id,
+            "step": self.record.step,
+            "directory": self.record.directory,
+            "safe": self.safe,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeReport:
+    """What can be resumed from in one series, and why the rest cannot."""
+
+    series: str
+    #: Newest first.
+    candidates: tuple[Candidate, ...]
+    #: Findings about no candidate: failed, unfinished, unknown.
+    findings: tuple[Finding, ...]
+
+    @property
+    def chosen(self) -> CheckpointRecord | None:
+        """The newest checkpoint that is safe to resume from."""
+        return next((candidate.record for candidate in self.candidates if candidate.safe), None)
+
+    @property
+    def newest_is_safe(self) -> bool:
+        """Whether the newest committed checkpoint is the chosen one."""
+        return bool(self.candidates) and self.candidates[0].safe
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it comes to, in one word."""
+        if not self.candidates:
+            return Verdict.NONE
+        if self.newest_is_safe:
+            return Verdict.SAFE
+        if self.chosen is not None:
+            return Verdict.OLDER
+        return Verdict.CORRUPT if all(candidate.damaged for candidate in self.candidates) else Verdict.UNSAFE
+
+    @property
+    def all_findings(self) -> tuple[Finding, ...]:
+        """General findings first, then those of each candidate, newest first."""
+        return (*self.findings, *(finding for candidate in self.candidates for finding in candidate.findings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able facts."""
+        chosen = self.chosen
+        return {
+            "series": self.series,
+            "verdict": self.verdict.value,
+            "newest_is_safe": self.newest_is_safe,
+            "chosen": None
+            if chosen is None
+            else {"checkpoint_id": chosen.id, "step": chosen.step, "directory": chosen.directory},
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+def check(
+    records: Sequence[CheckpointRecord],
+    found: Sequence[Found],
+    *,
+    series: str,
+    step: int | None = None,
+    world_size: int | None = None,
+    per_rank_used: Container[str] | None = None,
+    live_epoch: bool = False,
+) -> ResumeReport:
+    """
+    Judge every committed checkpoint of *series*. Pure and deterministic.
+
+    Args:
+        records: Rows of the journal; those of other series are ignored.
+        found: What stands in the series' directory. Names whose files were not verified
+            (``mismatches`` is None) are judged by directory and manifest alone.
+        series: Which series.
+        step: Judge only this step.
+        world_size: The number of ranks that would resume; None if that is not known.
+        per_rank_used: Which names of per-rank state would be loaded; None for all.
+        live_epoch: Whether a manager has the run open, so that attempts in flight are its own.
+
+    Raises:
+        InvalidArgument: A step or world size that cannot be one, a path listed twice, or a
+            committed row without its place in the commit order.
+    """
+    _whole("step", step, 0)
+    _whole("world_size", world_size, 1)
+    at = {item.path: item for item in found if item.series == series}
+    if len(at) != sum(item.series == series for item in found):
+        raise InvalidArgument("a path is listed twice")
+    rows = sorted((record for record in records if record.series == series), key=lambda record: record.id)
+    asked = [record for record in rows if step is None or record.step == step]
+    # Publishing moves the checkpoint that it replaces aside, and it is back after recovery at the latest.
+    moving = {r.overwrites for r in rows if r.state is CheckpointState.GATHERED and r.overwrites is not None}
+    candidates = []
+    for record in sorted((r for r in asked if r.is_live), key=_order, reverse=True):
+        item = at.get(record.directory)
+        if record.id in moving and (item is None or item.holds != record.id):
+            findings = [_moved_aside(record, live_epoch=live_epoch)]
+        else:
+            findings = _on_disk(record, item)
+        candidates.append(Candidate(record, (*findings, *_across_ranks(record, world_size, per_rank_used))))
+    general = [] if candidates else [_nothing(series, step)]
+    general += _attempts(asked, candidates, live_epoch=live_epoch)
+    general += _unknown(rows, at.values())
+    return ResumeReport(series, tuple(candidates), tuple(general))
+
+
+def _order(record: CheckpointRecord) -> int:
+    if record.commit_seq is None:
+        raise InvalidArgument(f"attempt {record.id} is committed and has no commit number")
+    return record.commit_seq
+
+
+def _on_disk(record: CheckpointRecord, item: Found | None) -> list[Finding]:
+    if item is None or not item.is_directory:
+        why = "is missing" if item is None else "is a link or a file, not a directory"
+        return [_error("R002", record, f"{record.directory} {why}", "put it back, or resume from an older checkpoint")]
+    elsewhere = "put the original directory back, or resume from an older checkpoint"
+    if item.holds is None:
+        return [_error("R003", record, f"{record.directory} has no readable {MANIFEST_NAME} of this run", elsewhere)]
+    if item.holds != record.id:
+        text = f"{record.directory} holds attempt {item.holds}, but attempt {record.id} was committed there"
+        return [_error("R003", record, text, elsewhere)]
+    by_id: dict[str, list[str]] = {}
+    if None not in (item.manifest_digest, record.manifest_digest) and item.manifest_digest != record.manifest_digest:
+        by_id["R003"] = [f"{MANIFEST_NAME} is not the one that was committed"]
+    for mismatch in item.mismatches or ():
+        by_id.setdefault(_KIND_OF_MISMATCH.get(mismatch.partition(":")[0], "R004"), []).append(mismatch)
+    return [
+        _error(
+            id, record, f"{record.directory}: {_some(texts)}", "restore the files, or resume from an older checkpoint"
+        )
+        for id, texts in sorted(by_id.items())
+    ]
+
+
+_KIND_OF_MISMATCH = {"missing": "R004", "size": "R004", "digest": "R005", "manifest": "R003"}
+
+
+def _moved_aside(record: CheckpointRecord, *, live_epoch: bool) -> Finding:
+    if live_epoch:
+        return _error("R010", record, f"{record.directory} is being overwritten right now", "ask again in a moment")
+    text = f"{record.directory} was being overwritten when the run was interrupted; recovery is pending"
+    return _error("R009", record, text, _RECOVER)
+
+
+def _across_ranks(
+    record: CheckpointRecord, world_size: int | None, per_rank_used: Container[str] | None
+) -> list[Finding]:
+    names = [name for name in record.per_rank if per_rank_used is None or name in per_rank_used]
+    if not names or world_size is None or world_size == record.world_size:
+        return []
+    text = (
+        f"{', '.join(names)} differs by rank and was saved by {record.world_size} ranks; "
+        f"{world_size} ranks cannot take it up"
+    )
+    hint = f"resume with {record.world_size} ranks, or leave {', '.join(names)} out of the state that is resumed"
+    return [_error("R006", record, text, hint)]
+
+
+def _nothing(series: str, step: int | None) -> Finding:
+    what = f"{series} has no committed checkpoint" + ("" if step is None else f" of step {step}")
+    return Finding("R001", Level.ERROR, what, "run `ckptmgr ls RUN` to see what there is", series, step)
+
+
+def _attempts(asked: Iterable[CheckpointRecord], candidates: Sequence[Candidate], *, live_epoch: bool) -> list[Finding]:
+    newest = candidates[0].record.id if candidates else 0
+    findings = []
+    for record in asked:
+        about = (record.series, record.step, record.id)
+        if record.state is CheckpointState.FAILED and record.id > newest:
+            text = f"attempt {record.id} to save step {record.step} failed: {record.reason or 'no reason recorded'}"
+            hint = f"run `ckptmgr show RUN {record.step}` to see each rank's cause"
+            findings.append(Finding("R007", Level.WARNING, text, hint, *about))
+        elif record.is_in_flight and live_epoch:
+            text = f"attempt {record.id} to save step {record.step} is in flight ({record.state})"
+            findings.append(Finding("R010", Level.INFO, text, "wait for it to be committed", *about))
+        elif record.is_in_flight:
+            outcome = "committed if it is intact" if record.state is CheckpointState.GATHERED else "rolled back"
+            text = (
+                f"attempt {record.id} to save step {record.step} was interrupted while {record.state}; "
+                f"recovery is pending, and it will be {outcome}"
+            )
+            findings.append(Finding("R009", Level.WARNING, text, _RECOVER, *about))
+    return findings
+
+
+def _unknown(rows: Iterable[CheckpointRecord], found: Iterable[Found]) -> list[Finding]:
+    known = set()
+    for record in rows:
+        known |= {record.staging_directory, record.retired_directory}
+        # A retired or failed row has no claim on the final name any more.
+        if record.is_in_flight or (record.state is CheckpointState.COMMITTED and record.retired_at is None):
+            known.add(record.directory)
+    return [
+        Finding(
+            "R008",
+            Level.INFO,
+            f"{item.path} is not known to the journal; it is never resumed from and never deleted",
+            "run `ckptmgr recover RUN` to see what it holds",
+            item.series,
+            item.step,
+        )
+        for item in sorted(found, key=lambda item: item.path)
+        if item.path not in known and not item.is_our_link
+    ]
+
+
+def _error(id: str, record: CheckpointRecord, text: str, hint: str) -> Finding:
+    return Finding(id, Level.ERROR, text, hint, record.series, record.step, record.id)
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + more
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise InvalidArgument(f"{name} is {value!r}, not a whole number of at least {least}")

@@ -1,0 +1,518 @@
+"""
+The run directory: names, the run lock, and every change ckptmgr makes on disk.
+
+Rank 0 only. All paths given and returned as text are relative to the run
+directory and made of names this file formed or recognised itself; nothing outside the run directory
+is ever written or removed, links are never followed, and a directory without a readable manifest of
+this run is never taken for ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout, UnixFileLock
+
+from ckptmgr import durable
+from ckptmgr.errors import (
+    CorruptCheckpoint,
+    ForeignJournal,
+    InvalidArgument,
+    JournalNotFound,
+    LockUnsupported,
+    RunLocked,
+    UnsafePath,
+)
+from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Digest, FileEntry, Manifest, is_plain_relative
+from ckptmgr.recovery import Found, FoundKind
+
+META_NAME = "meta.json"
+RUN_ID_NAME = ".ckptmgr-run-id"
+LATEST_NAME = "hf-latest"
+READ_BYTES = 8 << 20
+
+_SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+_FINAL = re.compile(r"(?:step|hf)-(0|[1-9][0-9]{0,17})\Z")
+_WORKING = re.compile(
+    r"\.(?:step|hf)-(0|[1-9][0-9]{0,17})\.e([1-9][0-9]{0,17})\.a([1-9][0-9]{0,17})\.(incomplete|retired|quarantined)\Z"
+)
+_KINDS = {
+    "incomplete": FoundKind.STAGING,
+    "retired": FoundKind.RETIRED,
+    "quarantined": FoundKind.QUARANTINED,
+}
+
+
+def check_series_name(name: str) -> str:
+    """
+    Return *name* if it may be a series: a letter or digit, then letters, digits, ``_`` and ``-``, 64 at most.
+
+    Raises:
+        InvalidArgument: It may not.
+    """
+    if not isinstance(name, str) or not _SERIES.match(name):
+        raise InvalidArgument(
+            f"{name!r} cannot name a series: use at most 64 letters, digits, '_' and '-', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+class RunDirectory:
+    """
+    One run directory and the journal's place beside it.
+
+    Args:
+        path: The run directory, or its ``.journal.db``. Links in it are resolved once, here.
+        journal: The journal file, if it is not ``<run>.journal.db`` beside the run directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], journal: str | os.PathLike[str] | None = None) -> None:
+        given = Path(path)
+        if journal is None and given.name.endswith(".journal.db"):
+            journal = given
+            given = given.with_name(given.name.removesuffix(".journal.db"))
+        self.path = given.resolve()
+        if self.path == Path(self.path.anchor) or not self.path.name:
+            raise InvalidArgument(f"{str(given)!r} cannot be a run directory")
+        if journal is None:
+            self.journal_path = self.path.with_name(self.path.name + ".journal.db")
+        else:
+            beside = Path(journal)
+            self.journal_path = beside.parent.resolve() / beside.name
+        self.lock_path = self.journal_path.with_name(self.journal_path.name.removesuffix(".db") + ".lock")
+        self._lock: UnixFileLock | None = None
+
+    # -- the run lock ---------------------------------------------------------------------------
+
+    def acquire(self, command: str, *, timeout_s: float = 0.0) -> None:
+        """
+        Take the run lock for this process, or fail at once. The kernel frees it when the process ends.
+
+        Raises:
+            RunLocked: Another process holds it; ``holder`` says who, where and since when.
+            LockUnsupported: This file system cannot lock (never a silent soft lock).
+        """
+        durable.ensure_directory(self.lock_path.parent)
+        lock = UnixFileLock(self.lock_path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            holder = self.holder()
+            message = f"run {self.path} is in use by {holder}"
+            raise RunLocked(message, path=str(self.lock_path), holder=holder) from error
+        except (OSError, NotImplementedError) as error:
+            raise LockUnsupported(
+                f"cannot lock {self.lock_path}: {error}", path=str(self.lock_path), reason=str(error)
+            ) from error
+        self._lock = lock
+        note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
+        durable.overwrite(self.lock_path, json.dumps(note).encode())
+
+    def release(self) -> None:
+        """Free the run lock. The file stays: removing it would let two holders in."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def holder(self) -> str:
+        """Who took the run lock last, in words."""
+        try:
+            note = json.loads(_read_small(self.lock_path, 1 << 16))
+            since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(note["since"]))
+            return f"{note['command']}, pid {int(note['pid'])} on {note['host']}, since {since}"
+        except (OSError, ValueError, TypeError, KeyError, CorruptCheckpoint):
+            return "an unknown process"
+
+    # -- identity -------------------------------------------------------------------------------
+
+    def run_id(self) -> str | None:
+        """The run this directory belongs to, or None if no manager has opened it yet."""
+        try:
+            text = _read_small(self.path / RUN_ID_NAME, 4096)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:
+            raise InvalidArgument(f"{self.path} is not a directory") from error
+        return text.decode(errors="replace").strip()
+
+    def write_run_id(self, run_id: str) -> None:
+        """Mark the directory as *run_id*'s; durable on return."""
+        durable.replace_file(self.path / RUN_ID_NAME, (run_id + "\n").encode(), scratch=RUN_ID_NAME + ".new")
+
+    def require_journal(self) -> None:
+        """
+        Refuse to start a fresh journal for a directory that has lost its own.
+
+        Raises:
+            JournalNotFound: The directory was managed before and its journal is gone.
+        """
+        if self.run_id() is not None and not os.path.lexists(self.journal_path):
+            raise JournalNotFound(
+                f"{self.path} was managed before, but its journal {self.journal_path} is gone",
+                hint=f"put the journal back, or run `ckptmgr recover {self.path} --rebuild --apply`",
+                path=str(self.journal_path),
+            )
+
+    def pair(self, run_id: str) -> None:
+        """
+        Check that directory and journal are of one run; a fresh directory is marked as *run_id*'s.
+
+        Raises:
+            ForeignJournal: They belong to two runs.
+        """
+        durable.ensure_directory(self.path)
+        found = self.run_id()
+        if found is None:
+            self.write_run_id(run_id)
+        elif found != run_id:
+            raise ForeignJournal(
+                f"{self.path} belongs to run {found}, but its journal {self.journal_path} to run {run_id}",
+                path=str(self.journal_path),
+                found=run_id,
+                expected=found,
+            )
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def listing(
+        self, series: Iterable[str], *, deep_for: Collection[str] = (), sizes_for: Collection[str] = ()
+    ) -> list[Found]:
+        """
+        What stands in the directories of *series*.
+
+        Args:
+            series: Names of series; a missing directory holds nothing.
+            deep_for: Paths whose files are verified by digest.
+            sizes_for: Paths whose files are verified by size.
+        """
+        found = []
+        for name in series:
+            directory = self.path / check_series_name(name)
+            if directory.is_symlink():
+                raise UnsafePath(f"{directory} is a link", path=name, reason="links are not followed")
+            try:
+                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            except FileNotFoundError:
+                continue
+            found += [self._look(name, entry, deep_for, sizes_for) for entry in entries]
+        return found
+
+    def _look(
+        self, series: str, entry: os.DirEntry[str], deep_for: Collection[str], sizes_for: Collection[str]
+    ) -> Found:
+        path = f"{series}/{entry.name}"
+        is_directory = entry.is_dir(follow_symlinks=False)
+        step = epoch = attempt = None
+        kind = FoundKind.OTHER
+        if match := _FINAL.match(entry.name):
+            kind, step = FoundKind.FINAL, int(match[1])
+        elif match := _WORKING.match(entry.name):
+            kind, step, epoch, attempt = _KINDS[match[4]], int(match[1]), int(match[2]), int(match[3])
+        elif entry.is_symlink() and entry.name == LATEST_NAME:
+            kind = FoundKind.LINK
+        holds = digest = mismatches = None
+        if is_directory and kind is not FoundKind.OTHER:
+            with contextlib.suppress(OSError, CorruptCheckpoint):
+                manifest, digest = self.read_manifest(path)
+                if manifest.run_id == self.run_id() and manifest.series == series:
+                    holds = manifest.attempt
+                if path in deep_for or path in sizes_for:
+                    mismatches = self.verify(path, manifest.files, digests=path in deep_for)
+        return Found(
+            path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
+            is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
+        )  # fmt: skip
+
+    def read_manifest(self, path: str) -> tuple[Manifest, str]:
+        """
+        The manifest of the checkpoint directory *path* and the digest of its bytes.
+
+        Raises:
+            FileNotFoundError: There is none.
+            CorruptCheckpoint: It cannot be trusted.
+        """
+        name = self._inside(path) / MANIFEST_NAME
+        data = _read_small(name, MAX_MANIFEST_BYTES)
+        return Manifest.from_json(data, where=str(name)), Digest(data).text
+
+    def verify(
+        self,
+        path: str,
+        files: Sequence[FileEntry],
+        *,
+        digests: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[str, ...]:
+        """
+        Compare the files of the directory *path* with what was recorded.
+
+        Args:
+            path: A checkpoint directory.
+            files: What is expected in it; sizes in bytes.
+            digests: Read every byte, not only the sizes.
+            progress: Called with the number of bytes just read.
+
+        Returns:
+            What differs, each starting with ``missing:``, ``size:`` or ``digest:``; empty if intact.
+        """
+        directory = self._inside(path)
+        wrong = []
+        for entry in files:
+            try:
+                with _open_regular(directory, entry.path) as descriptor:
+                    size = os.fstat(descriptor).st_size
+                    if size != entry.size:
+                        wrong.append(f"size: {entry.path} has {size} bytes, {entry.size} were committed")
+                    elif digests and _digest_of(descriptor, progress) != entry.digest:
+                        wrong.append(f"digest: {entry.path} has other bytes than were committed")
+            except OSError as error:
+                wrong.append(f"missing: {entry.path} cannot be read: {error.strerror or error}")
+        return tuple(wrong)
+
+    def exists(self, path: str) -> bool:
+        """Whether anything, a dangling link included, stands at *path*."""
+        return os.path.lexists(self._inside(path))
+
+    def absolute(self, path: str) -> Path:
+        """*path* as an absolute one, checked to stay inside."""
+        return self._inside(path)
+
+    # -- changing: the commit order -------------------------------------------------------------
+
+    def create_staging(self, record: CheckpointRecord) -> Path:
+        """
+        Create the staging directory of an attempt; durable on return.
+
+        Raises:
+            UnsafePath: The final name is taken by something the journal does not know.
+        """
+        if record.overwrites is None and self.exists(record.directory):
+            raise UnsafePath(
+                f"{self.path / record.directory} exists, but the journal does not know it",
+                hint="move it away; ckptmgr never deletes or replaces what it did not write",
+                path=record.directory,
+                reason="taken",
+            )
+        staging = self._inside(record.staging_directory)
+        durable.ensure_directory(staging.parent)
+        durable.make_directory(staging)
+        return staging
+
+    def seal(self, record: CheckpointRecord, manifest: Manifest) -> str:
+        """
+        Write the manifest into a complete staging directory and make the whole directory durable.
+
+        Every rank has synced its own files. Rule C2: when this returns, anyone who has only the disk can finish.
+
+        Returns:
+            The manifest's digest.
+
+        Raises:
+            CorruptCheckpoint: The directory does not hold exactly the files the ranks reported.
+        """
+        staging = self._inside(record.staging_directory)
+        there = {str(Path(root, name).relative_to(staging)) for root, _, names in os.walk(staging) for name in names}
+        expected = {entry.path for entry in manifest.files}
+        wrong = [f"missing: {name}" for name in sorted(expected - there)]
+        wrong += [f"unknown: {name}" for name in sorted(there - expected)]
+        wrong += self.verify(record.staging_directory, manifest.files, digests=False)
+        if wrong:
+            raise CorruptCheckpoint(
+                f"{staging} is not what the ranks reported: {'; '.join(wrong[:5])}",
+                hint="",
+                directory=str(staging),
+                mismatches=tuple(wrong),
+            )
+        text = manifest.to_json().encode()
+        durable.write_new(staging / MANIFEST_NAME, text)
+        durable.sync_directories(staging)
+        durable.sync_directory(staging.parent)
+        return Digest(text).text
+
+    def publish(self, record: CheckpointRecord, replaces: CheckpointRecord | None) -> None:
+        """
+        Give a GATHERED checkpoint its final name, never over something that exists; durable on return.
+
+        Idempotent: what a crash left half done is finished. A checkpoint that is overwritten is swapped
+        out in one step where the file system can, and stands at its retired name afterwards, unharmed,
+        until the new one is COMMITTED.
+
+        Raises:
+            UnsafePath: The final name is taken by something else.
+        """
+        staging, final = self._inside(record.staging_directory), self._inside(record.directory)
+        at_final = self._attempt_at(record.directory)
+        if at_final != record.id:
+            if not os.path.lexists(final):
+                durable.rename_new(staging, final)
+            elif replaces is not None and at_final in (replaces.id, None) and not final.is_symlink():
+                if not durable.exchange(staging, final):
+                    durable.rename_new(final, self._inside(replaces.retired_directory))
+                    # Crash here: GATHERED with the old directory set aside; recovery publishes the new one.
+                    durable.rename_new(staging, final)
+            else:
+                raise UnsafePath(
+                    f"{final} is taken by something else",
+                    hint="move it away and save again",
+                    path=record.directory,
+                    reason="taken",
+                )
+        # Crash here: GATHERED with a published directory; recovery commits it.
+        if replaces is not None and os.path.lexists(staging):
+            durable.rename_new(staging, self._inside(replaces.retired_directory))
+        durable.sync_directory(final.parent)
+
+    def restore(self, record: CheckpointRecord, path: str) -> None:
+        """Put a committed checkpoint that an overwrite had set aside at *path* back under its final name."""
+        final = self._inside(record.directory)
+        durable.rename_new(self._inside(path), final)
+        durable.sync_directory(final.parent)
+
+    def retire(self, record: CheckpointRecord) -> None:
+        """
+        Delete the directory of a checkpoint whose row says that it is being retired (rule D1). Idempotent.
+
+        The final name goes first, so no published name ever holds half a checkpoint. A directory at the
+        final name that is not this attempt's is left alone.
+        """
+        retired = self._inside(record.retired_directory)
+        if not os.path.lexists(retired) and self._attempt_at(record.directory) == record.id:
+            durable.rename_new(self._inside(record.directory), retired)
+            # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
+            durable.sync_directory(retired.parent)
+        if retired.parent.is_dir():
+            durable.remove_tree(retired)
+
+    def remove(self, path: str) -> None:
+        """
+        Remove a staging or retired directory, durably.
+
+        Raises:
+            UnsafePath: *path* is not a name ckptmgr gives to such directories.
+        """
+        match = _WORKING.match(path.rpartition("/")[2])
+        if match is None or match[4] == "quarantined":
+            raise UnsafePath(f"refusing to remove {path!r}", path=path, reason="not a staging or retired directory")
+        absolute = self._inside(path)
+        if absolute.parent.is_dir():
+            durable.remove_tree(absolute)
+
+    def quarantine(self, path: str, record: CheckpointRecord) -> str:
+        """Set a directory aside for inspection under a name nobody resumes from; returns the new path."""
+        target = record.staging_directory.removesuffix(".incomplete") + ".quarantined"
+        durable.rename_new(self._inside(path), self._inside(target))
+        durable.sync_directory(self._inside(target).parent)
+        return target
+
+    # -- projections of the journal -------------------------------------------------------------
+
+    def write_meta(self, run_id: str, live: Sequence[CheckpointRecord], series: Iterable[str]) -> None:
+        """
+        Project the journal into ``meta.json``: one ``<series>_list`` per series, oldest first. Atomic, durable.
+
+        Only called after COMMITTED and at start; deleting the file loses nothing.
+        """
+        names = dict.fromkeys([*series, *(record.series for record in live)])
+        body: dict[str, Any] = {"run_id": run_id}
+        for name in names:
+            of_series = sorted((r for r in live if r.series == name), key=lambda r: r.commit_seq or 0)
+            body[f"{name}_list"] = [record.directory for record in of_series]
+        text = json.dumps(body, indent=2) + "\n"
+        if self.read_meta() != body:
+            durable.replace_file(self.path / META_NAME, text.encode(), scratch=f".{META_NAME}.new")
+
+    def read_meta(self) -> Mapping[str, Any] | None:
+        """What ``meta.json`` says, or None if it is missing or unreadable. Nothing is decided by it."""
+        try:
+            body = json.loads(_read_small(self.path / META_NAME, 64 << 20))
+        except (OSError, ValueError, CorruptCheckpoint):
+            return None
+        return body if isinstance(body, dict) else None
+
+    def point_latest(self, series: str, record: CheckpointRecord | None) -> None:
+        """Let ``<series>/hf-latest`` name the newest committed export, swapped atomically; None removes it."""
+        link = self._inside(series) / LATEST_NAME
+        if os.path.lexists(link) and not link.is_symlink():
+            raise UnsafePath(f"{link} is not a link", path=str(link), reason="not ours")
+        current = str(link.readlink()) if link.is_symlink() else None
+        target = record.directory.rpartition("/")[2] if record is not None else None
+        if target is None and current is not None:
+            durable.remove_link(link)
+        elif target is not None and target != current:
+            durable.replace_link(link, target, scratch=f".{LATEST_NAME}.new")
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _attempt_at(self, path: str) -> int | None:
+        try:
+            manifest, _ = self.read_manifest(path)
+        except (OSError, CorruptCheckpoint):
+            return None
+        return manifest.attempt if manifest.run_id == self.run_id() else None
+
+    def _inside(self, path: str) -> Path:
+        if not is_plain_relative(path):
+            raise UnsafePath(f"{path!r} leaves the run directory", path=path, reason="not a plain relative path")
+        here = self.path
+        for part in path.split("/")[:-1]:
+            here = here / part
+            if here.is_symlink():
+                raise UnsafePath(f"{here} is a link", path=path, reason="links are not followed")
+        return self.path / path
+
+
+@contextlib.contextmanager
+def _open_regular(directory: Path, relative: str) -> Any:
+    """A descriptor of a regular file below *directory*, reached without following any link."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open(directory, flags | os.O_DIRECTORY)
+    try:
+        *parents, name = relative.split("/")
+        for parent in parents:
+            below = os.open(parent, flags | os.O_DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = below
+        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=here)
+    finally:
+        os.close(here)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", relative)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(descriptor: int, progress: Callable[[int], None] | None) -> str:
+    digest = Digest()
+    buffer = memoryview(bytearray(READ_BYTES))
+    while count := os.readv(descriptor, [buffer]):
+        digest.update(buffer[:count])
+        if progress is not None:
+            progress(count)
+    return digest.text
+
+
+def _read_small(path: Path, limit: int) -> bytes:
+    with _open_regular(path.parent, path.name) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise CorruptCheckpoint(
+                f"{path} has {size} bytes, more than {limit}", directory=str(path), mismatches=("too large",)
+            )
+        pieces = []
+        while piece := os.read(descriptor, READ_BYTES):
+            pieces.append(piece)
+        return b"".join(pieces)

@@ -1,0 +1,613 @@
+"""
+Hugging Face exports: safetensors files, index, and all the small files that ``from_pretrained`` wants.
+
+No collective over tensor data. Every rank says what it holds, rank 0 decides once which file and which
+offset each piece goes to and who writes it, and every rank then writes its own slices at their final
+offsets. Formats: safetensors (huggingface/safetensors, README "Format"); shard names, the index and the
+greedy split of shards as ``save_pretrained`` makes them (huggingface_hub, serialization/_base.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.tensor import DTensor, Partial
+
+from ckptmgr.errors import InvalidArgument
+from ckptmgr.lifecycle import Format
+from ckptmgr.manifest import MANIFEST_NAME, is_plain_relative
+from ckptmgr.writers.arena import Copy, Layout, aligned, runs_of_slice
+from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
+from ckptmgr.writers.modelnames import Box, View, hub_views
+from ckptmgr.writers.state import State, split
+
+Adapter = Callable[[str, torch.Tensor], "str | Iterable[tuple[str, torch.Tensor]] | None"]
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+#: safetensors' names of dtypes (safetensors 0.8, bindings/python, torch.py).
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+#: What `dtype` casts. Integers, booleans and quantised 8-bit floats mean what they are.
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite",
+    ".safetensors.index.json", ".bin.index.json",
+)  # fmt: skip
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """
+    Exports for use elsewhere, loadable with ``from_pretrained``.
+
+    Args:
+        assets: A local model directory whose non-weight files are copied, or an object with
+            ``save_pretrained`` (config, tokenizer, processor), or several. A model's own config and
+            generation config are added where the assets have none.
+        dtype: What float64, float32, float16 and bfloat16 tensors are cast to; None keeps each as it is.
+        max_shard_size: Bytes of tensors in one file, or text like ``"5GB"`` (powers of ten) or ``"5GiB"``.
+        adapter: Maps a named tensor to Hugging Face names. Called with name and tensor; returns the new
+            name, None to leave the tensor out, or pairs of names and views of the tensor. Without one, a
+            transformers model gets the names that ``save_pretrained`` would use.
+    """
+
+    assets: Any = None
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str = "5GB"
+    adapter: Adapter | None = None
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+        if self.dtype is not None and self.dtype not in _CASTABLE:
+            raise InvalidArgument(f"dtype is {self.dtype}; exports are cast to {', '.join(map(str, _CASTABLE))}")
+        for source in self.sources():
+            if isinstance(source, Path) and not source.is_dir():
+                raise InvalidArgument(f"assets: {source} is not a directory", hint="give a local model directory")
+
+    @property
+    def kind(self) -> Format:
+        """The format's word in journal and manifest."""
+        return Format.HUGGINGFACE
+
+    def writer(self) -> HuggingFaceWriter:
+        """The trainer-side half of the writing, one per series and rank."""
+        return HuggingFaceWriter(self)
+
+    def sources(self) -> list[Any]:
+        """The assets one by one: directories as paths, and objects with ``save_pretrained``."""
+        if self.assets is None:
+            return []
+        several = list(self.assets) if isinstance(self.assets, list | tuple) else [self.assets]
+        found = [Path(one) if isinstance(one, str | os.PathLike) else one for one in several]
+        for one in found:
+            if not isinstance(one, Path) and not hasattr(one, "save_pretrained"):
+                raise InvalidArgument(f"assets: {type(one).__name__} is neither a path nor has it save_pretrained")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one rank holds of one tensor: a box of it, or all of it. *alias* tells tied tensors."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    alias: tuple[Any, ...] | None
+
+    @property
+    def box(self) -> Box:
+        """Where the piece lies in the tensor."""
+        return self.offsets, self.sizes
+
+
+@dataclasses.dataclass
+class Taken:
+    """One rank's named pieces at one save. No tensor is copied yet."""
+
+    order: list[str]
+    pieces: list[Piece]
+    tensors: dict[object, torch.Tensor]
+    modules: list[torch.nn.Module]
+    signature: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece that a rank writes, and where its tensor begins in the file (bytes)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    begin: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RankPlan:
+    """What one rank writes: whole files with their headers, and parts of files that others write too."""
+
+    own: tuple[tuple[SharedFile, tuple[Part, ...]], ...]
+    shared: tuple[tuple[SharedFile, tuple[Part, ...]], ...]
+
+
+class HuggingFaceWriter:
+    """Plans and lays out the exports of one series on one rank; the plan is exchanged once and then reused."""
+
+    kind = Format.HUGGINGFACE
+
+    def __init__(self, options: HuggingFace) -> None:
+        self._options = options
+        self._shared: list[SharedFile] = []
+        self._index: bytes | None = None
+        self._modules: list[torch.nn.Module] = []
+        self._views: dict[int, tuple[list[Any], dict[str, list[View]]]] = {}
+
+    def take(self, state: State, rank: int) -> Taken:
+        """
+        Look at the tensors to export, without copying one.
+
+        Raises:
+            InvalidArgument: Something in *state* is neither a module nor a tensor nor a mapping of tensors,
+                or cannot stand in a safetensors file.
+        """
+        del rank
+        shared, per_rank = split(state)
+        if per_rank:
+            raise InvalidArgument(f"an export has no per-rank state, but {sorted(per_rank)} is")
+        named: dict[str, _Named] = {}
+        for key, value in shared.items():
+            for one in _named(key, value, prefix=f"{key}." if len(shared) > 1 else ""):
+                if one.name in named:
+                    raise InvalidArgument(f"two tensors are named {one.name!r}")
+                named[one.name] = one
+        order: list[str] = []
+        pieces: list[Piece] = []
+        tensors: dict[object, torch.Tensor] = {}
+        aliases: dict[Any, int] = {}
+        digest = hashlib.blake2b(digest_size=16)
+        for name, shape, may_be_tied, boxes in self._published(named.values()):
+            order.append(name)
+            for (offsets, sizes), tensor in boxes:
+                dtype = tensor.dtype
+                if self._options.dtype is not None and dtype in _CASTABLE:
+                    dtype = self._options.dtype
+                if dtype not in _DTYPES:
+                    raise InvalidArgument(f"{name!r} is {dtype}, which safetensors does not know")
+                alias = _alias(tensor) if may_be_tied else None
+                pieces.append(Piece(name, dtype, shape, offsets, sizes, alias))
+                tensors[name, offsets] = tensor
+                # Where memory lies may change from save to save; who shares it is what the plan depends on.
+                group = aliases.setdefault(alias, len(aliases)) if alias else -1
+                digest.update(repr((name, dtype, shape, offsets, sizes, group)).encode())
+        if len(set(order)) != len(order):
+            raise InvalidArgument(f"two tensors are named {max(order, key=order.count)!r}")
+        digest.update(repr(order).encode())
+        modules = [value for value in shared.values() if isinstance(value, torch.nn.Module)]
+        return Taken(order, pieces, tensors, modules, digest.digest())
+
+    def _published(self, named: Iterable[_Named]) -> Iterator[_Held]:
+        """(published name, whole shape, may be tied, this rank's boxes) of every tensor to export."""
+        for module, group in itertools.groupby(named, key=lambda one: one.module):
+            views = self._hub_views(module) if module is not None and self._options.adapter is None else {}
+            held: list[tuple[int, _Held]] = []
+            for one in group:
+                if self._options.adapter is not None:
+                    for name, view in _adapt(self._options.adapter, one):
+                        held.append((0, (name, tuple(view.shape), module is not None, _boxes(name, view))))
+                    continue
+                boxes = _boxes(one.name, one.tensor)
+                if not views:
+                    held.append((0, (one.name, tuple(one.tensor.shape), module is not None, boxes)))
+                for view in views.get(one.name.removeprefix(one.prefix), ()):
+                    cuts = [cut for box, local in boxes if (cut := view.cut(box, local)) is not None]
+                    held.append((view.position, (one.prefix + view.name, view.shape, True, cuts)))
+            yield from (entry for _, entry in sorted(held, key=operator.itemgetter(0)))
+
+    def _hub_views(self, module: torch.nn.Module) -> dict[str, list[View]]:
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in module.named_parameters()]
+        known = self._views.get(id(module))
+        if known is None or known[0] != shapes:
+            known = self._views[id(module)] = (shapes, hub_views(module))
+        return known[1]
+
+    def local_plan(self, taken: Taken) -> tuple[list[str], list[Piece]]:
+        """What rank 0 must know of this rank to plan: all names in order, and what this rank holds of them."""
+        self._modules = taken.modules
+        return taken.order, taken.pieces
+
+    def plan_globally(self, plans: Sequence[tuple[list[str], list[Piece]]]) -> list[RankPlan]:
+        """
+        Rank 0 only: decide the files, their headers, and who writes which piece where.
+
+        Raises:
+            InvalidArgument: Ranks disagree about a tensor, or its pieces do not make it up exactly.
+        """
+        holders = _holders(plans)
+        dropped = _ties([pieces for _, pieces in plans], _tied_targets(self._modules))
+        kept = {name: about for name, about in holders.items() if name not in dropped}
+        if not kept:
+            raise InvalidArgument("there is no tensor to export")
+        files = _split(kept, parse_size(self._options.max_shard_size))
+        weight_map: dict[str, str] = {}
+        own: list[list[Any]] = [[] for _ in plans]
+        parts: list[list[Any]] = [[] for _ in plans]
+        load = [0] * len(plans)
+        self._shared = []
+        for number, names in enumerate(files, start=1):
+            path = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            weight_map |= dict.fromkeys(names, path)
+            ties = {gone: kept_as for gone, kept_as in dropped.items() if kept_as in names}
+            header, begins, size = _header({name: kept[name] for name in names}, ties)
+            file = SharedFile(path, size, header)
+            of_rank = _assign({name: kept[name] for name in names}, begins, load)
+            if len(of_rank) == 1:
+                ((rank, mine),) = of_rank.items()
+                own[rank].append((file, tuple(mine)))
+            else:
+                self._shared.append(file)
+                for rank, mine in of_rank.items():
+                    parts[rank].append((file, tuple(mine)))
+        self._index = None
+        if len(files) > 1:
+            total = sum(about.nbytes for about in kept.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self._index = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        return [RankPlan(tuple(mine), tuple(some)) for mine, some in zip(own, parts, strict=True)]
+
+    def lay_out(self, mine: RankPlan, rank: int) -> tuple[Layout, Any]:
+        """Place this rank's files and pieces in its arena; whole files lie there as they will stand on disk."""
+        del rank
+        constants: list[tuple[int, bytes]] = []
+        copies: list[Copy] = []
+        files: list[FileJob] = []
+        end = 0
+        for file, parts in mine.own:
+            start = aligned(end)
+            constants.append((start, file.header))
+            copies += [Copy((p.name, p.offsets), start + p.begin, p.dtype, p.sizes) for p in parts]
+            files.append(FileJob(file.path, file.size, own=True, segments=(Segment(0, start, file.size),)))
+            end = start + file.size
+        for file, parts in mine.shared:
+            segments = []
+            for part in parts:
+                start = aligned(end)
+                copy = Copy((part.name, part.offsets), start, part.dtype, part.sizes)
+                copies.append(copy)
+                end = start + copy.nbytes
+                for offset, length, count, stride in runs_of_slice(
+                    part.shape, part.offsets, part.sizes, part.dtype.itemsize
+                ):
+                    segments.append(Segment(part.begin + offset, start, length, count, stride))
+                    start += length * count
+            files.append(FileJob(file.path, file.size, own=False, segments=tuple(segments)))
+        return Layout(end, tuple(constants), tuple(copies), tuple(files)), None
+
+    def accept_layouts(self, places: Sequence[Any]) -> None:
+        """Rank 0 only: nothing to remember, the plan fixes every offset."""
+
+    def sources(self, taken: Taken) -> Mapping[object, torch.Tensor]:
+        """The tensors to capture, by the keys of the layout's copies."""
+        return taken.tensors
+
+    def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
+        """An export has no values besides tensors."""
+        del rank
+        self._modules = taken.modules
+        return [], None
+
+    def prewrite(self) -> Iterator[tuple[str, bytes]]:
+        """
+        Rank 0 only: config, generation config, tokenizer, processor, templates, code files, and the index.
+
+        Raises:
+            InvalidArgument: Two assets have a file of the same name with different bytes.
+        """
+        found: dict[str, bytes] = {}
+        for source in self._options.sources():
+            for name, data in _asset_files(source):
+                if found.setdefault(name, data) != data:
+                    raise InvalidArgument(f"two assets bring a different {name!r}")
+        if "config.json" not in found:
+            for module in self._modules:
+                for name, data in _own_config(module, self._options.dtype):
+                    found.setdefault(name, data)
+        if self._index is not None:
+            found[INDEX_NAME] = self._index
+        yield from sorted(found.items())
+
+    def shared_files(self) -> list[SharedFile]:
+        """Rank 0 only: the weight files that several ranks fill in."""
+        return self._shared
+
+    def conclude(self, reports: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
+        """Rank 0 only: nothing is left to write; headers and index stood before."""
+        del reports
+        return iter(())
+
+
+def parse_size(size: int | str) -> int:
+    """
+    Bytes, from a number or from text like ``"5GB"`` or ``"512MiB"``.
+
+    Raises:
+        InvalidArgument: Neither, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    if isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
+        raise InvalidArgument(f"{size!r} is not a size; give bytes or text like '5GB'")
+    count = int(float(match[1]) * _UNITS[match[2].upper()])
+    if count <= 0:
+        raise InvalidArgument(f"{size!r} is not a size above 0")
+    return count
+
+
+# -- what a rank holds ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A tensor of the state under its own name, and the module it belongs to, if any."""
+
+    name: str
+    tensor: torch.Tensor
+    module: torch.nn.Module | None = None
+    prefix: str = ""
+
+
+_Held = tuple[str, tuple[int, ...], bool, list[tuple[Box, torch.Tensor]]]
+
+
+def _named(key: str, value: Any, prefix: str) -> Iterator[_Named]:
+    if isinstance(value, torch.Tensor):
+        yield _Named(key, value)
+    elif isinstance(value, torch.nn.Module):
+        for name, tensor in value.state_dict().items():
+            # A module's extra state is not a tensor and has no place in a safetensors file.
+            if isinstance(tensor, torch.Tensor):
+                yield _Named(prefix + name, tensor, value, prefix)
+    elif isinstance(value, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
+        yield from (_Named(prefix + str(name), tensor) for name, tensor in value.items())
+    else:
+        raise InvalidArgument(f"an export takes modules and named tensors, but {key!r} is a {type(value).__name__}")
+
+
+def _adapt(adapter: Adapter, one: _Named) -> Iterator[tuple[str, torch.Tensor]]:
+    answer = adapter(one.name, one.tensor)
+    for pair in [(answer, one.tensor)] if isinstance(answer, str) else answer or ():
+        name, view = pair
+        if not isinstance(name, str) or not name or not isinstance(view, torch.Tensor):
+            raise InvalidArgument(
+                f"the adapter's answer for {one.name!r} is neither a name, None, nor (name, tensor) pairs"
+            )
+        yield name, view
+
+
+def _boxes(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
+    """The boxes of *tensor* that this rank holds, each with its local tensor."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise InvalidArgument(f"{name!r} is not a dense tensor with data")
+    if isinstance(tensor, DTensor) and any(isinstance(place, Partial) for place in tensor.placements):
+        raise InvalidArgument(f"{name!r} is a partial sum; redistribute it before saving")
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner({name: tensor})
+    return [
+        (
+            (tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)),
+            planner.lookup_object(item.index),
+        )
+        for item in planner.create_local_plan().items
+        if item.tensor_data is not None
+    ]
+
+
+def _alias(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    if tensor.numel() == 0:
+        return None
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.device), str(tensor.dtype))
+
+
+# -- the plan ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """A whole tensor of the export, and which ranks hold which boxes of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: dict[Box, list[int]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _holders(plans: Sequence[tuple[list[str], list[Piece]]]) -> dict[str, _Tensor]:
+    """Every tensor, in the order in which the ranks name them, rank 0 first."""
+    order = dict.fromkeys(name for names, _ in plans for name in names)
+    found: dict[str, _Tensor] = {}
+    for rank, (_, pieces) in enumerate(plans):
+        for piece in pieces:
+            about = found.setdefault(piece.name, _Tensor(piece.dtype, piece.shape, {}))
+            if (about.dtype, about.shape) != (piece.dtype, piece.shape):
+                raise InvalidArgument(
+                    f"{piece.name!r} is {about.dtype} {list(about.shape)} on one rank and "
+                    f"{piece.dtype} {list(piece.shape)} on rank {rank}",
+                    hint="tensors that differ by rank need different names; use an adapter",
+                )
+            if 0 not in piece.sizes or 0 in piece.shape:
+                about.boxes.setdefault(piece.box, []).append(rank)
+    for name, about in found.items():
+        covered = sum(math.prod(sizes) for _, sizes in about.boxes)
+        if covered != math.prod(about.shape) or _overlapping(list(about.boxes)):
+            raise InvalidArgument(
+                f"the ranks' pieces of {name!r} cover {covered} of {math.prod(about.shape)} elements, or overlap",
+                hint="every rank that holds a piece must pass it to save",
+            )
+    if nowhere := [name for name in order if name not in found]:
+        raise InvalidArgument(f"no rank holds a piece of {nowhere[0]!r}")
+    return {name: found[name] for name in order}
+
+
+def _overlapping(boxes: list[Box]) -> bool:
+    """Whether two boxes share an element; boxes are few per tensor, sorted by their first dimension."""
+    boxes = sorted(box for box in boxes if 0 not in box[1])
+    for position, (offsets, sizes) in enumerate(boxes):
+        for others, extents in boxes[position + 1 :]:
+            if offsets and others[0] >= offsets[0] + sizes[0]:
+                break
+            dims = zip(offsets, sizes, others, extents, strict=True)
+            if all(a < c + d and c < a + b for a, b, c, d in dims):
+                return True
+    return False
+
+
+def _tied_targets(modules: Iterable[torch.nn.Module]) -> set[str]:
+    """Names that transformers would rather leave out of two tied ones."""
+    names: set[str] = set()
+    for module in modules:
+        names |= set(getattr(module, "all_tied_weights_keys", None) or ())
+    return names
+
+
+def _ties(plans: Sequence[list[Piece]], targets: set[str]) -> dict[str, str]:
+    """Names to leave out because their tensor is another's, with that other's name."""
+    aliases: list[dict[str, Any]] = [
+        {piece.name: (piece.alias, piece.box) for piece in pieces if piece.alias is not None} for pieces in plans
+    ]
+    dropped: dict[str, str] = {}
+    for of_rank in aliases:
+        groups: dict[Any, list[str]] = {}
+        for name, alias in of_rank.items():
+            groups.setdefault(alias, []).append(name)
+        for names in groups.values():
+            keep = next((name for name in names if not _ends_with_any(name, targets)), names[0])
+            for name in names:
+                tied_everywhere = all(
+                    other.get(name) == other.get(keep) for other in aliases if name in other or keep in other
+                )
+                if name != keep and keep not in dropped and tied_everywhere:
+                    dropped[name] = keep
+    return dropped
+
+
+def _ends_with_any(name: str, targets: set[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _split(tensors: Mapping[str, _Tensor], max_bytes: int) -> list[list[str]]:
+    """The names of each file, filled greedily in order; a tensor above the limit stands alone."""
+    files: list[list[str]] = []
+    current: list[str] = []
+    size = 0
+    for name, about in tensors.items():
+        if about.nbytes > max_bytes:
+            files.append([name])
+            continue
+        if current and size + about.nbytes > max_bytes:
+            files.append(current)
+            current, size = [], 0
+        current.append(name)
+        size += about.nbytes
+    return [*files, current] if current else files
+
+
+def _header(tensors: Mapping[str, _Tensor], ties: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The file's header, where each tensor begins in the file, and the file's size; in bytes."""
+    # Tied names are told as safetensors.torch.save_model does, so that load_model finds them.
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt", **ties}}
+    begins: dict[str, int] = {}
+    end = 0
+    # Larger elements first, so that every tensor is aligned to its own.
+    for name, about in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        begins[name] = end
+        rows[name] = {
+            "dtype": _DTYPES[about.dtype],
+            "shape": list(about.shape),
+            "data_offsets": [end, end + about.nbytes],
+        }
+        end += about.nbytes
+    text = json.dumps(rows, separators=(",", ":")).encode()
+    text += b" " * (aligned(8 + len(text)) - 8 - len(text))
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end
+
+
+def _assign(tensors: Mapping[str, _Tensor], begins: Mapping[str, int], load: list[int]) -> dict[int, list[Part]]:
+    """Who writes which piece of one file: one rank all of it if one can, else the least loaded holder of each."""
+    holders = [set(ranks) for about in tensors.values() for ranks in about.boxes.values()]
+    whole = set.intersection(*holders) if holders else {0}
+    chosen: dict[int, list[Part]] = {}
+    everything = min(whole, key=lambda rank: (load[rank], rank)) if whole else None
+    for name, about in tensors.items():
+        for (offsets, sizes), ranks in about.boxes.items():
+            rank = min(ranks, key=lambda r: (load[r], r)) if everything is None else everything
+            load[rank] += math.prod(sizes) * about.dtype.itemsize
+            part = Part(name, about.dtype, about.shape, offsets, sizes, begins[name])
+            chosen.setdefault(rank, []).append(part)
+    return chosen or {0: []}
+
+
+# -- the small files --------------------------------------------------------------------------------
+
+
+def _asset_files(source: Any) -> Iterator[tuple[str, bytes]]:
+    if isinstance(source, Path):
+        yield from _files_below(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="ckptmgr-assets-") as scratch:
+        source.save_pretrained(scratch)
+        yield from _files_below(Path(scratch))
+
+
+def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file but weights, hidden ones and our own manifest, with its bytes."""
+    for root, directories, names in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith((".", "__pycache__")))
+        for name in sorted(names):
+            path = Path(root, name)
+            relative = path.relative_to(directory).as_posix()
+            hidden = name.startswith(".") or name == MANIFEST_NAME
+            if not hidden and not name.lower().endswith(_WEIGHT_SUFFIXES) and is_plain_relative(relative):
+                yield relative, path.read_bytes()
+
+
+def _own_config(module: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, bytes]]:
+    """``config.json`` and ``generation_config.json`` of a transformers model, as ``save_pretrained`` writes them."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__.removeprefix("FSDP")]
+    config.dtype = str(dtype or module.dtype).removeprefix("torch.")
+    yield from _asset_files(config)
+    if module.can_generate() and module.generation_config is not None:
+        yield from _asset_files(module.generation_config)

@@ -1,0 +1,158 @@
+"""
+What a trainer hands over: PyTorch's ``Stateful`` protocol, per-rank state, and safe serialisation.
+
+Small values are stored with ``torch.save`` and only ever read back with ``weights_only=True``, so a
+checkpoint cannot run code. A value that could not be read back that way is refused when it is saved.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy
+import torch
+from torch.distributed.checkpoint.state_dict import _init_optim_state  # no public way to do this
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
+
+State = Mapping[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
+#: What NumPy arrays and scalars are rebuilt from; none of it runs code of the pickle's choosing.
+_NUMPY = [
+    numpy.ndarray,
+    numpy.dtype,
+    numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    numpy._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *{type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code != "O"},
+]
+
+
+class PerRank:
+    """
+    State that differs by rank: a data loader, random number generators.
+
+    It is stored once per rank and given back to the same rank. Resuming with another number of ranks
+    cannot do that, which is a finding of the resume checker and an `UnsafeResume` from ``resume``,
+    unless *when_resized* is ``"skip"``: then the object is left as it is.
+
+    Args:
+        value: An object with ``state_dict`` and ``load_state_dict``, or a plain value, which is found
+            in ``value`` after resuming.
+        when_resized: ``"refuse"`` or ``"skip"``.
+    """
+
+    def __init__(self, value: Any, *, when_resized: Literal["refuse", "skip"] = "refuse") -> None:
+        if when_resized not in ("refuse", "skip"):
+            raise InvalidArgument(f"when_resized is {when_resized!r}; it must be 'refuse' or 'skip'")
+        self.value = value
+        self.when_resized = when_resized
+
+    def take(self) -> Any:
+        """The state to store."""
+        return self.value.state_dict() if isinstance(self.value, Stateful) else self.value
+
+    def give_back(self, state: Any) -> None:
+        """Hand stored state back."""
+        if isinstance(self.value, Stateful):
+            self.value.load_state_dict(state)
+        else:
+            self.value = state
+
+
+class RandomState:
+    """The random number generators of this process (Python, NumPy, PyTorch on CPU and GPUs), for `PerRank`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states."""
+        state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the generators back where they were."""
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        numpy.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def split(state: State) -> tuple[dict[str, Any], dict[str, PerRank]]:
+    """
+    Tell shared state from per-rank state.
+
+    Raises:
+        InvalidArgument: *state* is not a mapping from non-empty names.
+    """
+    if not isinstance(state, Mapping) or not state:
+        raise InvalidArgument(f"state must be a non-empty mapping from names to objects, not {type(state).__name__}")
+    for name in state:
+        if not isinstance(name, str) or not name:
+            raise InvalidArgument(f"state has the name {name!r}; names must be non-empty text")
+    per_rank = {name: value for name, value in state.items() if isinstance(value, PerRank)}
+    shared = {name: value for name, value in state.items() if name not in per_rank}
+    return shared, per_rank
+
+
+def take(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dicts of *shared*, as ``torch.distributed.checkpoint`` would take them; tensors are not copied."""
+    return {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in shared.items()}
+
+
+def ready_optimizers(shared: Mapping[str, Any]) -> None:
+    """Give fresh optimizers their state tensors, so that there is something to load into."""
+    for value in shared.values():
+        if isinstance(value, torch.optim.Optimizer):
+            _init_optim_state(value)
+
+
+def dump(value: Any, what: str) -> bytes:
+    """
+    *value* as bytes that `load` reads back.
+
+    Raises:
+        InvalidArgument: It holds something that could only be read back by running code.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        if not _is_plain(value):
+            load(buffer.getvalue(), what)
+    except Exception as error:
+        raise InvalidArgument(
+            f"{what} cannot be stored safely: {error}",
+            hint="let state_dict() return tensors, arrays, numbers, text and containers of them",
+        ) from error
+    return buffer.getvalue()
+
+
+def load(data: bytes, what: str) -> Any:
+    """
+    Read back what `dump` wrote, on the CPU, without running code.
+
+    Raises:
+        CorruptCheckpoint: The bytes are something else.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CorruptCheckpoint(f"{what} cannot be read: {error}", directory=what, mismatches=(str(error),)) from error
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in _PLAIN:
+        return True
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return False

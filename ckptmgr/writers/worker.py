@@ -1,0 +1,183 @@
+"""
+The writer process: reads an arena, writes files, syncs them, digests them on the way.
+
+Started once per rank as ``python -m ckptmgr.writers.worker FD PARENT NICE IO_CLASS``, never forked from the
+trainer's image, and without torch. It never opens the journal and decides nothing: it does jobs and
+answers. It dies with its trainer, by PR_SET_PDEATHSIG and by the end of the pipe, so that no orphan
+goes on writing; and it holds its host's write slot itself, so that one that lives still counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ckptmgr import durable
+from ckptmgr.manifest import Digest, FileEntry
+from ckptmgr.writers.jobs import Answer, ArenaJob, DigestJob, FileJob, WriteJob
+
+_PR_SET_PDEATHSIG = 1
+_CHUNK = 8 << 20
+_SLOT_POLL_S = 0.02
+
+
+def main() -> None:
+    """Serve jobs from the trainer until it closes the pipe or dies."""
+    pipe, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    _die_with(parent, pipe)
+    _yield_to_training(int(sys.argv[3]), sys.argv[4])
+    # Ctrl-C reaches the whole foreground group; what becomes of the save is the trainer's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(Answer())
+    arenas: dict[int, mmap.mmap] = {}
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
+            pipe.send(_do(job, pipe, arenas))
+
+
+def _do(job: object, pipe: Connection, arenas: dict[int, mmap.mmap]) -> Answer:
+    try:
+        if isinstance(job, ArenaJob):
+            _map(job, pipe, arenas)
+            return Answer()
+        if isinstance(job, WriteJob):
+            return _write(job, arenas.get(job.arena))
+        if isinstance(job, DigestJob):
+            return _read_back(job)
+        return Answer(cause=f"unknown job {type(job).__name__}")
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return Answer(cause=f"{type(error).__name__}: {error.strerror or error}{where}")
+    except Exception as error:  # noqa: BLE001 - whatever went wrong belongs in the answer, not on a lost stderr
+        return Answer(cause=f"{type(error).__name__}: {error}")
+
+
+def _map(job: ArenaJob, pipe: Connection, arenas: dict[int, mmap.mmap]) -> None:
+    descriptor = reduction.recv_handle(pipe)
+    try:
+        old = arenas.pop(job.arena, None)
+        if old is not None:
+            old.close()
+        if job.size:
+            arenas[job.arena] = mmap.mmap(descriptor, job.size, prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+
+
+def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
+    directory = Path(job.directory)
+    asked = time.monotonic()
+    sealed = []
+    with _slot(job), memoryview(arena if arena is not None else b"") as memory:
+        started = time.monotonic()
+        for file in job.files:
+            digest = _write_file(directory / file.path, file, memory)
+            if file.own:
+                sealed.append(FileEntry(file.path, file.size, digest, job.rank))
+        # Crash here: WRITING with files whose names may not be durable yet; recovery removes the staging directory.
+        for below in {(directory / file.path).parent for file in job.files}:
+            durable.sync_directory(below)
+    return Answer(files=tuple(sealed), write_s=time.monotonic() - started, waited_s=started - asked)
+
+
+def _write_file(path: Path, file: FileJob, memory: memoryview) -> str:
+    digest = Digest()
+    with durable.new_file(path) if file.own else durable.shared_file(path) as descriptor:
+        if file.own:
+            durable.set_size(descriptor, file.size)
+        if file.data is not None:
+            digest.update(file.data)
+            durable.write_at(descriptor, memoryview(file.data), 0)
+        for segment in file.segments:
+            for file_offset, arena_offset in segment.runs():
+                for start in range(0, segment.length, _CHUNK):
+                    stop = min(start + _CHUNK, segment.length)
+                    with memory[arena_offset + start : arena_offset + stop] as chunk:
+                        if file.own:
+                            digest.update(chunk)
+                        durable.write_at(descriptor, chunk, file_offset + start)
+    return digest.text
+
+
+def _read_back(job: DigestJob) -> Answer:
+    started = time.monotonic()
+    sealed = []
+    buffer = memoryview(bytearray(_CHUNK))
+    for path in job.paths:
+        digest = Digest()
+        size = 0
+        descriptor = os.open(Path(job.directory, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            while count := os.readv(descriptor, [buffer]):
+                digest.update(buffer[:count])
+                size += count
+        finally:
+            os.close(descriptor)
+        sealed.append(FileEntry(path, size, digest.text, job.rank))
+    return Answer(files=tuple(sealed), write_s=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _slot(job: WriteJob) -> Iterator[None]:
+    """
+    Hold one of the host's write slots.
+
+    A slot is a name in the kernel's abstract socket namespace: no file to leak or to clean up, one
+    holder at a time, and free as soon as this process ends, however it ends (unix(7)).
+    """
+    deadline = time.monotonic() + job.slot_timeout_s
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
+        while job.write_slots and not any(_bind(holder, f"{job.slots}-{n}") for n in range(job.write_slots)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"no write slot was free within {job.slot_timeout_s:g} s")
+            time.sleep(_SLOT_POLL_S)
+        yield
+
+
+def _bind(holder: socket.socket, name: str) -> bool:
+    try:
+        holder.bind("\0" + name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def _die_with(parent: int, pipe: Connection) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    poller = select.poll()
+    poller.register(pipe.fileno(), select.POLLRDHUP)
+
+    def watch() -> None:
+        poller.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _yield_to_training(nice: int, io_class: str) -> None:
+    os.nice(nice)
+    if io_class != "none":
+        import psutil
+
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE if io_class == "idle" else psutil.IOPRIO_CLASS_BE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""``ckptmgr ls``: what is listed, what is hidden, and what the last column says."""
+
+from __future__ import annotations
+
+import socket
+
+from run_on_disk import NO_PROCESS, Call, Run, S
+
+from ckptmgr.lifecycle import Format, RetirementMark
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()[1:]]
+
+
+def test_an_empty_run_lists_nothing_and_says_so_on_stderr(run: Run, ckptmgr: Call) -> None:
+    done = ckptmgr("ls", run.directory)
+
+    assert (done.code, done.out) == (0, "")
+    assert "no checkpoints yet" in done.err
+
+
+def test_a_committed_checkpoint_has_its_series_step_state_size_and_reasons(run: Run, ckptmgr: Call) -> None:
+    first = run.save(500)
+    run.save(1000, decisions=[(first.id, "keep", ("last 2", "every 500 steps"))])
+
+    (row, _) = rows(ckptmgr("ls", run.directory).out)
+
+    assert row[:3] == ["checkpoint", "500", "COMMITTED"]
+    assert row[5:7] == ["1.1", "kB"]
+    assert " ".join(row[7:]) == "last 2, every 500 steps"
+
+
+def test_a_pin_is_a_reason_before_the_next_commit_has_decided(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.journal.pin("checkpoint", 500)
+
+    assert rows(ckptmgr("ls", run.directory).out)[0][-1] == "pinned"
+    assert ckptmgr("ls", run.directory, "--json").json["checkpoints"][0]["kept_because"] == ["pinned"]
+
+
+def test_a_drop_decision_is_not_shown_as_a_reason_to_keep(run: Run, ckptmgr: Call) -> None:
+    first = run.save(500)
+    run.save(1000, decisions=[(first.id, "drop", ("no rule keeps it",))])
+
+    assert ckptmgr("ls", run.directory, "--json").json["checkpoints"][0]["kept_because"] == []
+
+
+def test_retiring_and_retired_are_told_apart_and_retired_is_hidden(run: Run, ckptmgr: Call) -> None:
+    first = run.save(500)
+    second = run.save(1000, retire=[RetirementMark(first.id, "no rule keeps it")])
+    run.journal.finish_retirement(first.id, epoch=run.epoch)
+    run.save(1500, retire=[RetirementMark(second.id, "no rule keeps it")])
+
+    short, full = ckptmgr("ls", run.directory), ckptmgr("ls", run.directory, "--all")
+
+    assert [(row[1], row[2]) for row in rows(short.out)] == [("1000", "retiring"), ("1500", "COMMITTED")]
+    assert [row[2] for row in rows(full.out)] == ["retired", "retiring", "COMMITTED"]
+    assert "1 retired or failed" in short.err
+    assert full.err == ""
+    assert "no rule keeps it" in short.out
+
+
+def test_only_failures_before_the_newest_commit_of_their_series_are_hidden(run: Run, ckptmgr: Call) -> None:
+    run.save(100, until=S.FAILED)
+    run.save(100, series="hf", layout=Format.HUGGINGFACE, until=S.FAILED)
+    run.save(200)
+    run.save(300, until=S.FAILED, reason="No space left on device", failures=[{"rank": 3, "host": "n1", "cause": "x"}])
+
+    done = ckptmgr("ls", run.directory)
+
+    assert [(row[0], row[1]) for row in rows(done.out)] == [("checkpoint", "200"), ("checkpoint", "300"), ("hf", "100")]
+    assert "No space left on device (rank 3)" in done.out
+    assert ckptmgr("ls", run.directory, "--json").json["hidden"] == 1
+
+
+def test_a_failure_is_not_hidden_by_a_commit_that_is_being_retired(run: Run, ckptmgr: Call) -> None:
+    run.save(100, until=S.FAILED)
+    only = run.save(200)
+    run.journal.mark_retiring([RetirementMark(only.id, "by hand")], epoch=run.epoch)
+
+    assert [row[1] for row in rows(ckptmgr("ls", run.directory).out)] == ["100", "200"]
+
+
+def test_in_flight_says_whether_its_process_is_still_there(run: Run, ckptmgr: Call) -> None:
+    run.save(500, until=S.WRITING)
+
+    assert f"in flight, epoch {run.epoch}" in ckptmgr("ls", run.directory).out
+
+    run.start(pid=NO_PROCESS)
+    run.save(500, series="hf", layout=Format.HUGGINGFACE, until=S.WRITING)
+    out = ckptmgr("ls", run.directory).out
+
+    assert f"left unfinished by epoch {run.epoch - 1}" in out
+    assert f"left unfinished by epoch {run.epoch}" in out
+
+
+def test_in_flight_of_an_ended_epoch_was_left_unfinished(run: Run, ckptmgr: Call) -> None:
+    run.save(500, until=S.WRITING)
+    run.journal.end_epoch(run.epoch)
+
+    assert "left unfinished" in ckptmgr("ls", run.directory).out
+
+
+def test_in_flight_on_another_host_counts_as_running(run: Run, ckptmgr: Call) -> None:
+    run.start(host=socket.gethostname() + "-other", pid=NO_PROCESS)
+    run.save(500, until=S.WRITING)
+
+    assert f"in flight, epoch {run.epoch}" in ckptmgr("ls", run.directory).out
+
+
+def test_series_filters_and_an_unknown_one_is_a_usage_error_that_names_them(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(500, series="hf", layout=Format.HUGGINGFACE)
+
+    assert [row[0] for row in rows(ckptmgr("ls", run.directory, "--series", "hf").out)] == ["hf"]
+
+    wrong = ckptmgr("ls", run.directory, "--series", "nope")
+
+    assert wrong.code == 2
+    assert "checkpoint, hf" in wrong.err
+
+
+def test_the_journal_file_names_the_same_run_as_its_directory(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+
+    by_directory, by_journal = ckptmgr("ls", run.directory), ckptmgr("ls", run.journal_path)
+
+    assert by_directory.out == by_journal.out
+    assert by_journal.code == 0
+
+
+def test_journal_flag_names_a_journal_elsewhere(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.journal.close()
+    elsewhere = run.directory.parent.parent / "elsewhere.journal.db"
+    run.journal_path.rename(elsewhere)
+
+    assert ckptmgr("ls", run.directory).code == 10
+    assert ckptmgr("ls", run.directory, "--journal", elsewhere).code == 0
+    assert ckptmgr("ls", elsewhere, "--journal", elsewhere).code == 2
+
+
+def test_only_what_may_be_resumed_from_has_a_path(run: Run, ckptmgr: Call) -> None:
+    first = run.save(500)
+    run.save(1000, retire=[RetirementMark(first.id, "old")])
+    run.save(1500, until=S.GATHERED)
+
+    documents = ckptmgr("ls", run.directory, "--json").json["checkpoints"]
+
+    assert [None, str(run.directory / "checkpoint/step-1000"), None] == [each["path"] for each in documents]
+
+
+def test_listing_works_when_the_run_directory_is_gone(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.directory.rename(f"{run.directory}.moved")
+
+    assert ckptmgr("ls", run.directory).code == 0
