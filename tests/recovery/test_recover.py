@@ -438,3 +438,98 @@ def test_a_missing_checkpoint_is_reported_and_its_row_stays(run):
 
     assert told == ReportMissing(run.row(record), told.why)
     assert run.row(record).is_live
+
+
+# --- the order of durable steps, which no crash of the process alone can show ------------------
+
+
+def watch(monkeypatch) -> list[str]:
+    """What happens in which order, seen from outside: which names stand there when, and what is synced."""
+    seen: list[str] = []
+
+    def spy(owner, name: str, describe: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            seen.append(describe(*args, **kwargs))
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    spy(durable, "sync_directory", lambda path: f"synced {path.name}")
+    spy(durable, "remove_tree", lambda path: f"removed {path.name}")
+    spy(durable, "rename_new", lambda source, target: f"renamed {source.name}")
+    spy(Journal, "advance", lambda journal, id, source, dest, **facts: f"journal {dest}")
+    spy(Journal, "finish_retirement", lambda journal, id, **facts: "journal retired")
+    return seen
+
+
+def test_a_rolled_back_directory_is_durably_gone_before_its_row_is_failed(run, monkeypatch):
+    """Rule D2: otherwise a power cut may bring back the directory of a FAILED row."""
+    record = run.writing(10)
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen == ["synced checkpoint", f"removed {name_of(record.staging_directory)}", "journal FAILED"]
+
+
+def test_a_published_checkpoint_is_synced_before_it_is_committed(run, monkeypatch):
+    """Rule R2: the rename may be visible and still not be on disk."""
+    record = run.gathered(10)
+    run.rundir.publish(record, None)
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen == ["synced checkpoint", "journal COMMITTED"]
+
+
+def test_a_gathered_checkpoint_is_renamed_and_synced_before_it_is_committed(run, monkeypatch):
+    record = run.gathered(10)
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen == [f"renamed {name_of(record.staging_directory)}", "synced checkpoint", "journal COMMITTED"]
+
+
+def test_a_retired_checkpoint_loses_its_final_name_first_and_its_row_last(run, monkeypatch):
+    """Rule D1: no published name ever holds half a checkpoint."""
+    record = run.retiring(10)
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen == [
+        "renamed step-10",
+        "synced checkpoint",
+        "synced checkpoint",
+        f"removed {name_of(record.retired_directory)}",
+        "journal retired",
+    ]
+
+
+def test_a_given_up_checkpoint_is_durably_set_aside_before_its_row_is_failed(run, monkeypatch):
+    record = run.gathered(10)
+    damage(run.path(record.staging_directory) / "a.bin")
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen == [f"renamed {name_of(record.staging_directory)}", "synced checkpoint", "journal FAILED"]
+
+
+def test_an_overwritten_checkpoint_is_removed_only_after_the_new_one_is_committed(run, monkeypatch):
+    old, new = run.committed(10), run.gathered(10, overwrite=True)
+    run.restart()
+    seen = watch(monkeypatch)
+    run.recover()
+
+    assert seen.index("journal COMMITTED") < seen.index(f"removed {name_of(old.retired_directory)}")
+
+
+def name_of(path: str) -> str:
+    return path.rpartition("/")[2]
