@@ -43,8 +43,8 @@ class Concluder(Protocol):
 
     kind: Format
 
-    def prewrite(self) -> Iterable[tuple[str, bytes]]:
-        """Small files that stand before any rank writes."""
+    def prewrite(self, scratch: Path) -> Iterable[tuple[str, bytes]]:
+        """Small files that stand before any rank writes; *scratch* is a directory to make them in."""
 
     def shared_files(self) -> Sequence[SharedFile]:
         """Files that several ranks fill in."""
@@ -321,10 +321,10 @@ class Finalizer:
         longest = self._timeouts.write_s + 2 * self._timeouts.gather_s
         try:
             _, go = self._ranks.await_order(job.number, (_GO,), self._timeouts.collective_s)
-            self._ranks.report(job.number, _WRITTEN, self._write(job, go))
+            self._ranks.report(job.number, _WRITTEN, self._write(job, go), longest)
             stage, value = self._ranks.await_order(job.number, (_READ_BACK, _OUTCOME), longest)
             if stage == _READ_BACK:
-                self._ranks.report(job.number, _DIGESTS, self._digest(go, value[self._ranks.rank]))
+                self._ranks.report(job.number, _DIGESTS, self._digest(go, value[self._ranks.rank]), longest)
                 _, value = self._ranks.await_order(job.number, (_OUTCOME,), longest)
         except TimeoutError as error:
             return (RankFailure(0, self._ranks.host_of(0), f"no word from rank 0: {error}", True),)
@@ -363,7 +363,7 @@ class Finalizer:
                 due = max(proposals.values())
                 self._ranks.order(job.number, _DUE, due, self._timeouts.gather_s)
             elif not gone:
-                self._ranks.report(job.number, _TICKS, mine)
+                self._ranks.report(job.number, _TICKS, mine, self._timeouts.gather_s)
                 _, due = self._ranks.await_order(job.number, (_DUE,), self._timeouts.gather_s)
         except TimeoutError as error:
             log.warning("ranks may learn of the failed save at different steps: %s", error)
@@ -437,7 +437,7 @@ class Leader:
             # Crash here: PREWRITTEN without a staging directory; recovery marks it FAILED.
             staging = self._rundir.create_staging(record)
             # Crash here: PREWRITTEN with an empty staging directory; recovery removes it.
-            for name, data in job.writer.prewrite():
+            for name, data in job.writer.prewrite(staging):
                 attempt.prewritten.append(_write_small(staging, name, data))
             for file in job.writer.shared_files():
                 with durable.new_file(staging / file.path) as descriptor:

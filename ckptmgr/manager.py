@@ -50,6 +50,7 @@ from ckptmgr.writers import dcp
 from ckptmgr.writers.arena import Arena
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.huggingface import HuggingFace
+from ckptmgr.writers.state import split
 
 log = logging.getLogger("ckptmgr")
 
@@ -277,11 +278,7 @@ class CheckpointManager:
         if previous is not None and busy == "wait":
             self._settle(previous)
         plan = self._plans[series]
-        taken = error = None
-        try:
-            taken = plan.writer.take(state, self._ranks.rank)
-        except Exception as problem:  # noqa: BLE001 - agreed upon below, so that no rank is left waiting
-            error = problem
+        taken, error = self._take(plan, state)
         changed = taken is None or taken.signature != plan.signature
         word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite)
         call = [step, list(self._series).index(series), overwrite]
@@ -347,11 +344,9 @@ class CheckpointManager:
         self._open()
         self._find(series)
         plan = self._plans[series]
-        taken = error = None
-        try:
-            taken = plan.writer.take(state, self._ranks.rank)
-        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
-            error = problem
+        if (previous := self._in_flight.get(series)) is not None:
+            self._settle(previous, heard=True)
+        taken, error = self._take(plan, state)
         self._ranks.all_or_none(error, "taking the state")
         assert taken is not None
         self._exchange(plan, taken)
@@ -400,7 +395,7 @@ class CheckpointManager:
         chosen = self._find(series)
         if chosen.format.kind is not Format.DCP:
             raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
-        _, per_rank = dcp.states.split(state)
+        _, per_rank = split(state)
         strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
         decided: Any = None
         if self._ranks.rank == 0:
@@ -595,10 +590,22 @@ class CheckpointManager:
         self._ranks.agree([0])
         self._ranks.rebuild()
 
+    def _take(self, plan: _Plan, state: Mapping[str, Any]) -> tuple[Any, Exception | None]:
+        """Look at the state. An error is a value here: all ranks agree on it before anyone raises."""
+        try:
+            return plan.writer.take(state, self._ranks.rank), None
+        except CheckpointError as error:
+            return None, error
+        except Exception as error:  # noqa: BLE001 - whatever the user's state_dict raises
+            wrapped = InvalidArgument(f"the state cannot be taken: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            return None, wrapped
+
     def _exchange(self, plan: _Plan, taken: Any) -> None:
         """Plan anew: every rank says what it has, rank 0 says who writes what. All ranks must call."""
         error: Exception | None = None
         mine: list[Any] | None = None
+        plan.signature = None
         plans = self._ranks.gather(plan.writer.local_plan(taken))
         if plans is not None:
             try:
@@ -606,7 +613,13 @@ class CheckpointManager:
             except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
                 error = problem
         self._ranks.all_or_none(error, "planning")
-        plan.layout, place = plan.writer.lay_out(self._ranks.scatter(mine), self._ranks.rank)
+        part = self._ranks.scatter(mine)
+        place = None
+        try:
+            plan.layout, place = plan.writer.lay_out(part, self._ranks.rank)
+        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
+            error = problem
+        self._ranks.all_or_none(error, "laying out")
         places = self._ranks.gather(place)
         if places is not None:
             plan.writer.accept_layouts(places)
@@ -631,7 +644,7 @@ class CheckpointManager:
         return Job(
             number=self._number, series=series.name, step=step, keep=series.keep, writer=plan.writer, arena=plan.arena,
             files=tuple(files), report=report, stage_s=time.monotonic() - started, metrics=metrics,
-            per_rank=tuple(sorted(getattr(taken, "per_rank", ()))), overwrite=overwrite, cause=cause,
+            per_rank=taken.per_rank_names, overwrite=overwrite, cause=cause,
         )  # fmt: skip
 
     def _choose(

@@ -28,13 +28,16 @@ MAX_MANIFEST_BYTES = 1 << 30
 _DIGEST = re.compile(r"xxh3_128:[0-9a-f]{32}\Z")
 
 
+Buffer = bytes | memoryview
+
+
 class Digest:
     """The digest of a file, fed in pieces: XXH3, 128 bit (Cyan4973/xxHash, doc/xxhash_spec.md)."""
 
-    def __init__(self, data: bytes | memoryview = b"") -> None:
+    def __init__(self, data: Buffer = b"") -> None:
         self._hash = xxhash.xxh3_128(data)
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: Buffer) -> None:
         """Take the next bytes in file order."""
         self._hash.update(data)
 
@@ -84,7 +87,7 @@ class Manifest:
         return json.dumps({"format_version": FORMAT_VERSION, **body}, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, *, where: str = MANIFEST_NAME) -> Manifest:
+    def from_json(cls, text: str | Buffer, *, where: str = MANIFEST_NAME) -> Manifest:
         """
         Read a manifest, trusting nothing in it.
 
@@ -97,7 +100,7 @@ class Manifest:
             return CorruptCheckpoint(f"{where}: {why}", directory=where, mismatches=(why,))
 
         try:
-            body = json.loads(text, parse_constant=_reject)
+            body = json.loads(text if isinstance(text, str) else bytes(text), parse_constant=_reject)
         except (ValueError, RecursionError) as error:
             raise bad(f"not a manifest: {error}") from error
         if not isinstance(body, dict):

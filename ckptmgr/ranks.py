@@ -157,10 +157,10 @@ class Ranks:
         deadline = time.monotonic() + timeout_s
         return self._receive(0, self._orders, number=number, stages=stages, deadline=deadline)
 
-    def report(self, number: int, stage: int, value: Any) -> None:
-        """Send *value* to rank 0. Not on rank 0."""
+    def report(self, number: int, stage: int, value: Any, timeout_s: float) -> None:
+        """Send *value* to rank 0, which may take *timeout_s* seconds to listen. Not on rank 0."""
         for work in self._send(_frames(number, stage, value), 0, self._reports):
-            self._wait(work, self._timeouts.gather_s)
+            self._wait(work, timeout_s)
 
     def collect(self, number: int, stage: int, mine: Any, timeout_s: float) -> dict[int, Any]:
         """

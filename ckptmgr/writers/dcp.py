@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItemType
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.lifecycle import Format
@@ -61,7 +62,9 @@ class Taken:
 
     planner: DefaultSavePlanner
     plan: SavePlan
-    per_rank: dict[str, Any]
+    objects: dict[MetadataIndex, bytes]
+    per_rank: bytes | None
+    per_rank_names: tuple[str, ...]
     int_keys: list[_Path]
     signature: bytes
 
@@ -84,10 +87,10 @@ class DCPWriter:
 
     def take(self, state: states.State, rank: int) -> Taken:
         """
-        Look at the state to save, without copying a tensor.
+        Look at the state to save, without copying a tensor. Other values are serialised now: they may change later.
 
         Raises:
-            InvalidArgument: Not a mapping from names, or a per-rank value that could not be read back safely.
+            InvalidArgument: Not a mapping from names, or a value that could not be read back safely.
         """
         shared, per_rank = states.split(state)
         planner = DefaultSavePlanner()
@@ -106,8 +109,14 @@ class DCPWriter:
             if not isinstance(shared[name], torch.nn.Module | torch.optim.Optimizer)
             for path in _integer_keys(value, (name,))
         ]
+        objects = {
+            item.index: states.dump(planner.lookup_object(item.index), f"state {item.index.fqn!r}")
+            for item in plan.items
+            if item.type is WriteItemType.BYTE_IO
+        }
         own = {name: value.take() for name, value in per_rank.items()}
-        return Taken(planner, plan, own, int_keys, digest.digest())
+        blob = states.dump(own, "per-rank state") if own else None
+        return Taken(planner, plan, objects, blob, tuple(sorted(own)), int_keys, digest.digest())
 
     def local_plan(self, taken: Taken) -> SavePlan:
         """What rank 0 must know of this rank to plan."""
@@ -170,30 +179,27 @@ class DCPWriter:
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """
-        Files made of values that are not tensors, serialised now because they may change after the capture.
+        Files made of values that are not tensors.
 
         Returns:
             The files, and for rank 0 the lengths in bytes of this rank's values in plan order.
-
-        Raises:
-            InvalidArgument: A value could not be read back safely.
         """
         assert self._mine is not None
         files = []
-        blobs = [_dump_object(taken, item) for item in self._mine.items if item.type is WriteItemType.BYTE_IO]
+        blobs = [taken.objects[item.index] for item in self._mine.items if item.type is WriteItemType.BYTE_IO]
         if blobs:
             data = b"".join(blobs)
             files.append(FileJob(f"__{rank}_1.distcp", len(data), own=True, data=data))
         if rank == 0 and taken.int_keys:
             data = json.dumps(sorted(taken.int_keys, key=str)).encode()
             files.append(FileJob(INT_KEYS_NAME, len(data), own=True, data=data))
-        if taken.per_rank:
-            data = states.dump(taken.per_rank, "per-rank state")
-            files.append(FileJob(per_rank_name(rank), len(data), own=True, data=data))
+        if taken.per_rank is not None:
+            files.append(FileJob(per_rank_name(rank), len(taken.per_rank), own=True, data=taken.per_rank))
         return files, [len(blob) for blob in blobs]
 
-    def prewrite(self) -> Iterator[tuple[str, bytes]]:
+    def prewrite(self, scratch: Path) -> Iterator[tuple[str, bytes]]:
         """Rank 0 only: small files that stand before any rank writes. None here: ``.metadata`` needs every rank."""
+        del scratch
         return iter(())
 
     def shared_files(self) -> list[SharedFile]:
@@ -270,7 +276,7 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
                 f"{directory} cannot be read: {error}", directory=str(directory), mismatches=(str(error),)
             ) from error
         for name, value in shared.items():
-            if isinstance(value, states.Stateful):
+            if isinstance(value, Stateful):
                 value.load_state_dict(target[name])
             else:
                 plain[name] = target[name]
@@ -298,8 +304,9 @@ def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, A
         for fqn, path in paths.items():
             if path[0] == name and not any(path[:depth] in present for depth in range(1, len(path) + 1)):
                 about = metadata.state_dict_metadata[fqn]
-                whole = isinstance(about, TensorStorageMetadata)
-                empty = torch.empty(about.size, dtype=about.properties.dtype) if whole else None
+                empty = None
+                if isinstance(about, TensorStorageMetadata):
+                    empty = torch.empty(about.size, dtype=about.properties.dtype)
                 _set(target, path, empty, int_keys)
 
 
@@ -470,10 +477,6 @@ def _archive(dtype: torch.dtype, shape: tuple[int, ...]) -> _Archive:
         else:
             merged.append((offset, data))
     return _Archive(tuple(merged), sink.gap[0], sink.position)
-
-
-def _dump_object(taken: Taken, item: WriteItem) -> bytes:
-    return states.dump(taken.planner.lookup_object(item.index), f"state {item.index.fqn!r}")
 
 
 def _local(value: Any) -> torch.Tensor:

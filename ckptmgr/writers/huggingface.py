@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor, Partial
 
 from ckptmgr.errors import InvalidArgument
@@ -133,6 +133,7 @@ class Taken:
     tensors: dict[object, torch.Tensor]
     modules: list[torch.nn.Module]
     signature: bytes
+    per_rank_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +218,8 @@ class HuggingFaceWriter:
             held: list[tuple[int, _Held]] = []
             for one in group:
                 if self._options.adapter is not None:
-                    for name, view in _adapt(self._options.adapter, one):
-                        held.append((0, (name, tuple(view.shape), module is not None, _boxes(name, view))))
+                    for name, tensor in _adapt(self._options.adapter, one):
+                        held.append((0, (name, tuple(tensor.shape), module is not None, _boxes(name, tensor))))
                     continue
                 boxes = _boxes(one.name, one.tensor)
                 if not views:
@@ -320,7 +321,7 @@ class HuggingFaceWriter:
         self._modules = taken.modules
         return [], None
 
-    def prewrite(self) -> Iterator[tuple[str, bytes]]:
+    def prewrite(self, scratch: Path) -> Iterator[tuple[str, bytes]]:
         """
         Rank 0 only: config, generation config, tokenizer, processor, templates, code files, and the index.
 
@@ -329,12 +330,12 @@ class HuggingFaceWriter:
         """
         found: dict[str, bytes] = {}
         for source in self._options.sources():
-            for name, data in _asset_files(source):
+            for name, data in _asset_files(source, scratch):
                 if found.setdefault(name, data) != data:
                     raise InvalidArgument(f"two assets bring a different {name!r}")
         if "config.json" not in found:
             for module in self._modules:
-                for name, data in _own_config(module, self._options.dtype):
+                for name, data in _own_config(module, self._options.dtype, scratch):
                     found.setdefault(name, data)
         if self._index is not None:
             found[INDEX_NAME] = self._index
@@ -576,13 +577,13 @@ def _assign(tensors: Mapping[str, _Tensor], begins: Mapping[str, int], load: lis
 # -- the small files --------------------------------------------------------------------------------
 
 
-def _asset_files(source: Any) -> Iterator[tuple[str, bytes]]:
+def _asset_files(source: Any, scratch: Path) -> Iterator[tuple[str, bytes]]:
     if isinstance(source, Path):
         yield from _files_below(source)
         return
-    with tempfile.TemporaryDirectory(prefix="ckptmgr-assets-") as scratch:
-        source.save_pretrained(scratch)
-        yield from _files_below(Path(scratch))
+    with tempfile.TemporaryDirectory(prefix=".assets-", dir=scratch) as directory:
+        source.save_pretrained(directory)
+        yield from _files_below(Path(directory))
 
 
 def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
@@ -597,7 +598,7 @@ def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
                 yield relative, path.read_bytes()
 
 
-def _own_config(module: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, bytes]]:
+def _own_config(module: torch.nn.Module, dtype: torch.dtype | None, scratch: Path) -> Iterator[tuple[str, bytes]]:
     """``config.json`` and ``generation_config.json`` of a transformers model, as ``save_pretrained`` writes them."""
     if "transformers" not in sys.modules:
         return
@@ -608,6 +609,6 @@ def _own_config(module: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__.removeprefix("FSDP")]
     config.dtype = str(dtype or module.dtype).removeprefix("torch.")
-    yield from _asset_files(config)
+    yield from _asset_files(config, scratch)
     if module.can_generate() and module.generation_config is not None:
-        yield from _asset_files(module.generation_config)
+        yield from _asset_files(module.generation_config, scratch)

@@ -62,11 +62,12 @@ class View:
                 index.append(low - offset)
         part = local[tuple(index)]
         left = [dim for dim in range(len(offsets)) if dim in self.dims]
+        where: list[tuple[int, int]] = []
         part = part.permute([left.index(dim) for dim in self.dims if dim is not None])
-        for position, dim in enumerate(self.dims):
-            if dim is None:
+        for position, along in enumerate(self.dims):
+            if along is None:
                 part = part.unsqueeze(position)
-        where = [ranges[dim] if dim is not None else (0, 1) for dim in self.dims]
+            where.append((0, 1) if along is None else ranges[along])
         return (tuple(low for low, _ in where), tuple(size for _, size in where)), part
 
 

@@ -7,6 +7,7 @@ checkpoint cannot run code. A value that could not be read back that way is refu
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 from collections import OrderedDict
@@ -121,16 +122,30 @@ def dump(value: Any, what: str) -> bytes:
     Raises:
         InvalidArgument: It holds something that could only be read back by running code.
     """
-    buffer = io.BytesIO()
+    if type(value) in (bool, int, float, str, type(None)):
+        return _dump_scalar(type(value).__name__, repr(value), value)
     try:
-        torch.save(value, buffer)
+        data = _serialise(value)
         if not _is_plain(value):
-            load(buffer.getvalue(), what)
+            load(data, what)
     except Exception as error:
         raise InvalidArgument(
             f"{what} cannot be stored safely: {error}",
             hint="let state_dict() return tensors, arrays, numbers, text and containers of them",
         ) from error
+    return data
+
+
+@functools.lru_cache(maxsize=4096)
+def _dump_scalar(kind: str, text: str, value: Any) -> bytes:
+    """Optimizers and schedulers have hundreds of numbers that hardly change; kind and text keep 1, 1.0, True apart."""
+    del kind, text
+    return _serialise(value)
+
+
+def _serialise(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
     return buffer.getvalue()
 
 

@@ -423,27 +423,35 @@ def test_damage_in_a_page_nobody_reads_is_found_when_a_manager_opens(steps):
         Journal.open(path)
 
 
-def test_two_processes_that_start_at_once_take_different_epochs(journal):
+def test_two_processes_that_write_at_once_take_different_epochs(journal, tmp_path):
     """The run lock should prevent it; where locks do not work, the write lock taken at BEGIN still counts."""
     script = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from ckptmgr.journal import Journal
-with Journal.open(Path(sys.argv[1])) as journal:
-    for _ in range(50):
+path, here, other = map(Path, sys.argv[1:])
+with Journal.open(path) as journal:
+    here.touch()
+    while not other.exists():
+        time.sleep(0.001)
+    for _ in range(100):
         print(journal.begin_epoch(host="h", pid=os.getpid(), command="c", versions={}))
 """
     journal.close()
+    a, b = tmp_path / "a", tmp_path / "b"
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(journal.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, str(journal.path), str(here), str(other)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for _ in range(2)
+        for here, other in ((a, b), (b, a))
     ]
     answers = [child.communicate(timeout=60) for child in children]
 
     assert [child.returncode for child in children] == [0, 0], answers
-    assert sorted(int(number) for out, _ in answers for number in out.split()) == list(range(1, 101))
+    assert sorted(int(number) for out, _ in answers for number in out.split()) == list(range(1, 201))
 
 
 def test_the_package_names_only_its_doors():

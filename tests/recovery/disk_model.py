@@ -41,7 +41,7 @@ def record(
         "directory": f"{series}/step-{step}",
         "staging_directory": f"{series}/.step-{step}.e{epoch}.a{id}.incomplete",
         "created_at": 1000.0 + id,
-        "manifest_digest": DIGEST if state in (S.GATHERED, S.COMMITTED) else None,
+        "manifest_digest": DIGEST,
         "committed_at": 2000.0 + id if committed else None,
         "commit_seq": id if committed else None,
         "reason": "a rank died" if state is S.FAILED else None,

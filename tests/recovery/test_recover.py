@@ -523,7 +523,8 @@ def test_a_given_up_checkpoint_is_durably_set_aside_before_its_row_is_failed(run
 
 
 def test_an_overwritten_checkpoint_is_removed_only_after_the_new_one_is_committed(run, monkeypatch):
-    old, new = run.committed(10), run.gathered(10, overwrite=True)
+    old = run.committed(10)
+    run.gathered(10, overwrite=True)
     run.restart()
     seen = watch(monkeypatch)
     run.recover()

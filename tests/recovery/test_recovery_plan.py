@@ -417,6 +417,43 @@ def test_leftovers_of_a_failed_attempt_are_removed_from_both_of_its_names():
     ] == actions([row], disk)
 
 
+def settle(rows, disk) -> World:
+    """Carry the plan out and check that nothing is left to do."""
+    world = World(rows, disk)
+    for action in world.plan():
+        for _ in world.carry_out(action):
+            pass
+
+    assert world.changes() == []
+    return world
+
+
+@pytest.mark.parametrize("state", [S.PREWRITTEN, S.WRITING])
+def test_an_attempt_that_this_plan_fails_is_removed_from_the_names_of_failed_ones_too(state):
+    failed, row = record(4, 6, S.FAILED), record(7, 5, state)
+
+    assert settle([failed, row], {failed.staging_directory: Entry("x", holds=7)}).disk == {}
+
+
+def test_a_checkpoint_that_this_plan_retires_is_removed_from_the_names_of_failed_ones_too():
+    failed, (old, new) = record(4, 6, S.FAILED), overwriting()
+    disk = {failed.staging_directory: Entry("copy", holds=3), new.staging_directory: Entry("new", holds=7)}
+
+    assert settle([failed, old, new], disk).disk.keys() == {new.directory}
+
+
+@pytest.mark.parametrize("holder", [1, 7])
+def test_a_failed_attempts_name_that_holds_what_lives_on_is_left_alone(holder):
+    failed, live, row = record(4, 6, S.FAILED), record(1, 1, S.COMMITTED), record(7, 5, S.GATHERED)
+    disk = {
+        live.directory: Entry("live", holds=1),
+        row.staging_directory: Entry("new", holds=7),
+        failed.staging_directory: Entry("copy", holds=holder),
+    }
+
+    assert failed.staging_directory in settle([failed, live, row], disk).disk
+
+
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
