@@ -11,9 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptmgr.errors import CheckpointError as CheckpointError
+    from ckptmgr.errors import CheckpointNotFound as CheckpointNotFound
+    from ckptmgr.errors import CorruptCheckpoint as CorruptCheckpoint
+    from ckptmgr.errors import ForeignJournal as ForeignJournal
+    from ckptmgr.errors import IllegalTransition as IllegalTransition
+    from ckptmgr.errors import InvalidArgument as InvalidArgument
+    from ckptmgr.errors import JournalCorrupt as JournalCorrupt
+    from ckptmgr.errors import JournalError as JournalError
+    from ckptmgr.errors import JournalNotFound as JournalNotFound
+    from ckptmgr.errors import JournalSchemaMismatch as JournalSchemaMismatch
+    from ckptmgr.errors import LockUnsupported as LockUnsupported
+    from ckptmgr.errors import ManagerClosed as ManagerClosed
+    from ckptmgr.errors import RankFailure as RankFailure
+    from ckptmgr.errors import RanksDisagree as RanksDisagree
+    from ckptmgr.errors import RunLocked as RunLocked
     from ckptmgr.errors import SaveFailed as SaveFailed
+    from ckptmgr.errors import SaveInFlight as SaveInFlight
+    from ckptmgr.errors import SetupFailed as SetupFailed
+    from ckptmgr.errors import StaleWriter as StaleWriter
+    from ckptmgr.errors import StateMismatch as StateMismatch
     from ckptmgr.errors import StepAlreadySaved as StepAlreadySaved
+    from ckptmgr.errors import UnsafePath as UnsafePath
     from ckptmgr.errors import UnsafeResume as UnsafeResume
+    from ckptmgr.errors import WaitTimeout as WaitTimeout
     from ckptmgr.finalizer import Committed as Committed
     from ckptmgr.lifecycle import CheckpointRecord as CheckpointRecord
     from ckptmgr.lifecycle import CheckpointState as CheckpointState
@@ -36,7 +56,32 @@ if TYPE_CHECKING:
     from ckptmgr.writers.state import RandomState as RandomState
 
 _HOMES = {
-    "errors": ("CheckpointError", "SaveFailed", "StepAlreadySaved", "UnsafeResume"),
+    "errors": (
+        "CheckpointError",
+        "CheckpointNotFound",
+        "CorruptCheckpoint",
+        "ForeignJournal",
+        "IllegalTransition",
+        "InvalidArgument",
+        "JournalCorrupt",
+        "JournalError",
+        "JournalNotFound",
+        "JournalSchemaMismatch",
+        "LockUnsupported",
+        "ManagerClosed",
+        "RankFailure",
+        "RanksDisagree",
+        "RunLocked",
+        "SaveFailed",
+        "SaveInFlight",
+        "SetupFailed",
+        "StaleWriter",
+        "StateMismatch",
+        "StepAlreadySaved",
+        "UnsafePath",
+        "UnsafeResume",
+        "WaitTimeout",
+    ),
     "finalizer": ("Committed",),
     "lifecycle": ("CheckpointRecord", "CheckpointState"),
     "manager": ("CheckpointManager", "PendingSave", "Resumed", "Series"),

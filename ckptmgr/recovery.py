@@ -420,14 +420,10 @@ class _Planner:
             places.append(record.directory)
         for path in (record.staging_directory, record.retired_directory):
             item = self._free(path)
-            if item is not None and item.is_directory and not self._is_live(item.holds):
+            if item is not None and item.is_directory:
                 places.append(path)
         why = (f"{path} {self._complaint(record, path)}" for path in (record.directory, record.staging_directory))
         return GiveUp(record, self._take(places), "no intact copy is left: " + "; ".join(why))
-
-    def _is_live(self, id: int | None) -> bool:
-        row = self._by_id.get(id) if id is not None else None
-        return row is not None and row.is_live
 
     def _complaint(self, record: CheckpointRecord, path: str) -> str:
         """Why *path* is not an intact copy of *record*."""

@@ -64,8 +64,8 @@ class HuggingFace:
 
     Args:
         assets: A local model directory whose non-weight files are copied, or an object with
-            ``save_pretrained`` (config, tokenizer, processor), or several. A model's own config and
-            generation config are added where the assets have none.
+            ``save_pretrained`` (config, tokenizer, processor), or several; of a model its config and
+            generation config. For a single model its own are added where the assets have none.
         dtype: What float64, float32, float16 and bfloat16 tensors are cast to; None keeps each as it is.
         max_shard_size: Bytes of tensors in one file, or text like ``"5GB"`` (powers of ten) or ``"5GiB"``.
         adapter: Maps a named tensor to Hugging Face names. Called with name and tensor; returns the new
@@ -330,11 +330,13 @@ class HuggingFaceWriter:
         """
         found: dict[str, bytes] = {}
         for source in self._options.sources():
-            for name, data in _asset_files(source, scratch):
+            files = _own_config(source, self._options.dtype, scratch) if isinstance(source, torch.nn.Module) else None
+            for name, data in files or _asset_files(source, scratch):
                 if found.setdefault(name, data) != data:
                     raise InvalidArgument(f"two assets bring a different {name!r}")
         if "config.json" not in found:
-            for module in self._modules:
+            # The parts of a composed model have configs of their own, but none is the whole's.
+            for module in self._modules if len(self._modules) == 1 else ():
                 for name, data in _own_config(module, self._options.dtype, scratch):
                     found.setdefault(name, data)
         if self._index is not None:
