@@ -338,7 +338,7 @@ class Finalizer:
         if self._closing and answer.cause is None:
             answer = Answer(cause="the manager is closing")
         if answer.cause is None and job.files:
-            cause = self._writer.share(job.arena) if job.arena.size else None
+            cause = self._writer.share(job.arena) if job.arena.size else self._writer.start()
             write = WriteJob(
                 directory=go.directory, arena=job.arena.number, files=job.files, rank=self._ranks.rank,
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
@@ -349,6 +349,8 @@ class Finalizer:
     def _digest(self, go: _Go, paths: tuple[str, ...]) -> Answer:
         if not paths:
             return Answer()
+        if (cause := self._writer.start()) is not None:
+            return Answer(cause=cause)
         return self._writer.do(DigestJob(go.directory, paths, self._ranks.rank), self._timeouts.write_s)
 
     def _agree_on_tick(self, job: Job, failures: Sequence[RankFailure]) -> None:

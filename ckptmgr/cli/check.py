@@ -11,6 +11,7 @@ from ckptmgr import resume
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, size
+from ckptmgr.errors import JournalError
 from ckptmgr.resume import Level, ResumeReport, Verdict
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ _STATUS = {
     Verdict.UNSAFE: Exit.NOT_SAFE,
     Verdict.CORRUPT: Exit.CORRUPT,
 }
+#: How often a series is looked at before it is said to change too fast.
+_LOOKS = 20
 _COLOURS = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim"}
 
 
@@ -124,34 +127,61 @@ def judge(
         step: Judge only this step.
         world_size: How many ranks will resume, if known.
         deep_for: Also verify the digests, showing the progress here.
+
+    Raises:
+        JournalError: A running manager changes the series all the time.
     """
-    records = journal.checkpoints(series=series)
-    live = [record for record in records if record.is_live and step in (None, record.step)]
-    found = rundir.listing([series], sizes_for={record.directory for record in live})
-    if deep_for is not None:
-        found = verify_digests(journal, rundir, live, found, deep_for)
-    return resume.check(
-        records,
-        found,
-        series=series,
-        step=step,
-        world_size=world_size,
-        live_epoch=target.live_epoch(journal) is not None,
-    )
+    verified: dict[int, tuple[str, ...]] = {}
+    for _ in range(_LOOKS):
+        records = journal.checkpoints(series=series)
+        live = [record for record in records if record.is_live and step in (None, record.step)]
+        found = rundir.listing([series], sizes_for={record.directory for record in live})
+        if deep_for is not None:
+            found = verify_digests(journal, rundir, live, found, verified=verified, out=deep_for)
+        # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
+        if journal.checkpoints(series=series) == records:
+            return resume.check(
+                records,
+                found,
+                series=series,
+                step=step,
+                world_size=world_size,
+                live_epoch=target.live_epoch(journal) is not None,
+            )
+    raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
 
 
 def verify_digests(
-    journal: Journal, rundir: RunDirectory, live: Sequence[CheckpointRecord], found: Sequence[Found], out: Output
+    journal: Journal,
+    rundir: RunDirectory,
+    live: Sequence[CheckpointRecord],
+    found: Sequence[Found],
+    *,
+    verified: dict[int, tuple[str, ...]],
+    out: Output,
 ) -> list[Found]:
-    """*found*, with every byte of each live checkpoint that is there compared with what the journal recorded."""
+    """
+    Compare every byte of each live checkpoint that is there with what the journal recorded.
+
+    Args:
+        journal: Knows what was committed.
+        rundir: Reads the files.
+        live: The checkpoints to verify.
+        found: What stands in their series.
+        verified: What is known by attempt already; added to, so that nothing is read twice.
+        out: Shows the progress.
+
+    Returns:
+        *found*, with the mismatches of those checkpoints.
+    """
     owner = {record.directory: record for record in live}
-    total = sum(record.bytes for record in live)
+    total = sum(record.bytes for record in live if record.id not in verified)
     done = 0
-    verified = []
+    looked = []
     for item in found:
         record = owner.get(item.path)
         if record is None or item.holds != record.id:
-            verified.append(item)
+            looked.append(item)
             continue
 
         def read(count: int, path: str = item.path) -> None:
@@ -159,10 +189,11 @@ def verify_digests(
             done += count
             out.progress(lambda: f"verifying {path}: {size(done)} of {size(total)}")
 
-        mismatches = rundir.verify(item.path, journal.files(record.id), digests=True, progress=read)
-        verified.append(dataclasses.replace(item, mismatches=mismatches))
+        if record.id not in verified:
+            verified[record.id] = rundir.verify(item.path, journal.files(record.id), digests=True, progress=read)
+        looked.append(dataclasses.replace(item, mismatches=verified[record.id]))
     out.progress(None)
-    return verified
+    return looked
 
 
 def status(report: ResumeReport) -> Exit:

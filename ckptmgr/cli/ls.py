@@ -31,11 +31,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Print the list."""
     with target.reading(args) as (journal, rundir):
         target.require_series(journal, args.series)
-        order = {name: place for place, name in enumerate(journal.series())}
-        records = sorted(journal.checkpoints(series=args.series), key=lambda record: (order[record.series], record.id))
+        records = journal.checkpoints(series=args.series)
         decisions = journal.decisions()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
+    order = {name: place for place, name in enumerate(dict.fromkeys(record.series for record in records))}
+    records.sort(key=lambda record: (order[record.series], record.id))
     shown = records if args.all else without_history(records)
     hidden = len(records) - len(shown)
     if out.as_json:

@@ -24,6 +24,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
+#: RUN as a word of its own; in a path it is somebody's directory.
+_RUN = re.compile(r"(?<= )RUN(?=[ `]|$)")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 #: The last column of a table is wrapped to what is left of the terminal, but never narrower than this.
 _NARROWEST = 20
@@ -102,8 +104,8 @@ class Output:
         self._write(sys.stderr, "".join(clean(line) + "\n" for line in text.splitlines()))
 
     def hint(self, text: str) -> str:
-        """*text* with the run that was asked about in place of the word RUN, ready to be pasted."""
-        return re.sub(r"\bRUN\b", lambda _: self._run, text)
+        """*text* with the run that was asked about in place of RUN where that is a command's argument."""
+        return _RUN.sub(lambda _: self._run, text)
 
     def progress(self, text: Callable[[], str] | None) -> None:
         """Show one line that replaces itself, on a terminal and not more often than is worth it; None ends it."""

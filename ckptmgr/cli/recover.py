@@ -97,9 +97,10 @@ def apply(args: argparse.Namespace, out: Output) -> int:
 
 def refuse_to_migrate(rundir: RunDirectory) -> None:
     """
-    Refuse a journal that opening it for writing would upgrade: that is for ``ckptmgr upgrade``.
+    Refuse a journal that opening it for writing would create or upgrade.
 
     Raises:
+        JournalNotFound: It is empty.
         JournalSchemaMismatch: It has another schema.
         JournalCorrupt: It is damaged.
     """
@@ -107,7 +108,7 @@ def refuse_to_migrate(rundir: RunDirectory) -> None:
 
     try:
         Journal.open_read_only(rundir.journal_path).close()
-    except (JournalSchemaMismatch, JournalCorrupt):
+    except (JournalNotFound, JournalSchemaMismatch, JournalCorrupt):
         raise
     except JournalError:
         # A transaction that a crash cut short keeps readers out; opening it for writing undoes it.
@@ -162,7 +163,9 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
         )
     for skipped in report.skipped:
         out.line(Painted("note", "dim"), f"  {skipped.text}")
-    if not args.apply:
+    if args.apply:
+        out.note("only sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
+    else:
         out.note("nothing was changed", "`ckptmgr recover RUN --rebuild --apply` does it")
     return Exit.OK
 

@@ -415,6 +415,7 @@ class Journal:
             values.setdefault("reason", note or "no reason was given")
         with self._database.writing() as connection:
             before = self._row(connection, checkpoint_id)
+            # Asked before the marks are judged, so that a stale writer hears that it is stale; the UPDATE asks again.
             if (before.state, before.epoch) != (source, epoch):
                 raise self._stale(connection, checkpoint_id, epoch)
             self._require_epoch(connection, epoch, checkpoint_id)
@@ -427,7 +428,7 @@ class Journal:
                         .values(retire_started_at=now, retire_reason=f"overwritten by attempt {checkpoint_id}")
                     )
                 marks = [mark for mark in retire if mark.checkpoint_id != before.overwrites]
-                self._mark(connection, marks, now, never=checkpoint_id)
+                self._mark(connection, marks, now)
                 values["committed_at"] = now
                 values["commit_seq"] = _scalar(connection, _newest_commit_seq) + 1
             moved = connection.execute(
@@ -770,14 +771,10 @@ class Journal:
             found=found,
         )
 
-    def _mark(
-        self, connection: Connection, marks: Iterable[RetirementMark], now: float, never: int | None = None
-    ) -> None:
+    def _mark(self, connection: Connection, marks: Iterable[RetirementMark], now: float) -> None:
         for mark in marks:
             row = self._row(connection, mark.checkpoint_id)
-            if mark.checkpoint_id == never:
-                why = "it is the one being committed"
-            elif row.state != COMMITTED:
+            if row.state != COMMITTED:
                 why = f"it is {row.state}"
             elif row.retire_started_at is not None:
                 why = "it is retiring already"

@@ -84,10 +84,14 @@ class WriterProcess:
         return answer.cause
 
     def do(self, job: WriteJob | DigestJob, timeout_s: float) -> Answer:
-        """Have a job done, in at most *timeout_s* seconds; a failure is an answer with a cause."""
-        if (cause := self.start()) is not None:
-            return Answer(cause=cause)
-        assert self._pipe is not None
+        """
+        Have a job done by the process that `start` or `share` found running, in at most *timeout_s* seconds.
+
+        A failure is an answer with a cause. A process that has died meanwhile is not replaced here: a
+        new one would not have the arena that the job reads.
+        """
+        if self._pipe is None:
+            return Answer(cause="the writer process is not running")
         try:
             self._pipe.send(job)
         except OSError as error:

@@ -23,9 +23,13 @@ from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
 
 State = Mapping[str, Any]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
-#: What NumPy arrays and scalars are rebuilt from; none of it runs code of the pickle's choosing.
-_NUMPY = [
+#: Longer integers get a pickle opcode that is not read back with weights_only.
+_LONG_BITS = 2000
+_PLAIN = (bool, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
+#: What may be called to rebuild a value: b"" in pickle protocol 2, and what NumPy arrays and scalars are
+#: made with. None of it runs code of the pickle's choosing.
+_SAFE = [
+    bytes,
     numpy.ndarray,
     numpy.dtype,
     numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -122,7 +126,7 @@ def dump(value: Any, what: str) -> bytes:
     Raises:
         InvalidArgument: It holds something that could only be read back by running code.
     """
-    if type(value) in (bool, int, float, str, type(None)):
+    if type(value) in (bool, int, float, str, type(None)) and _is_plain(value):
         return _dump_scalar(type(value).__name__, repr(value), value)
     try:
         data = _serialise(value)
@@ -130,7 +134,7 @@ def dump(value: Any, what: str) -> bytes:
             load(data, what)
     except Exception as error:
         raise InvalidArgument(
-            f"{what} cannot be stored safely: {error}",
+            f"{what} cannot be stored safely: {getattr(error, 'message', error)}",
             hint="let state_dict() return tensors, arrays, numbers, text and containers of them",
         ) from error
     return data
@@ -157,13 +161,17 @@ def load(data: bytes, what: str) -> Any:
         CorruptCheckpoint: The bytes are something else.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY):
+        with torch.serialization.safe_globals(_SAFE):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CorruptCheckpoint(f"{what} cannot be read: {error}", directory=what, mismatches=(str(error),)) from error
+        # torch's message goes on to recommend reading it unsafely.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0].strip()
+        raise CorruptCheckpoint(f"{what} cannot be read: {reason}", directory=what, mismatches=(reason,)) from error
 
 
 def _is_plain(value: Any) -> bool:
+    if type(value) is int:
+        return value.bit_length() < _LONG_BITS
     if type(value) in _PLAIN:
         return True
     if type(value) in (list, tuple):

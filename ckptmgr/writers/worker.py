@@ -102,6 +102,8 @@ def _write_file(path: Path, file: FileJob, memory: memoryview) -> str:
             digest.update(file.data)
             durable.write_at(descriptor, memoryview(file.data), 0)
         for segment in file.segments:
+            if segment.arena_offset + segment.length * segment.count > len(memory):
+                raise ValueError(f"{file.path} needs bytes that this process's arena of {len(memory)} bytes lacks")
             for file_offset, arena_offset in segment.runs():
                 for start in range(0, segment.length, _CHUNK):
                     stop = min(start + _CHUNK, segment.length)

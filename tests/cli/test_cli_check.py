@@ -7,7 +7,14 @@ import shutil
 import pytest
 from run_on_disk import Call, Run, S
 
+from ckptmgr.cli.check import judge
+from ckptmgr.cli.output import Output
+from ckptmgr.errors import JournalError
+from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format, RetirementMark
+from ckptmgr.manifest import Digest
+from ckptmgr.resume import Verdict
+from ckptmgr.rundir import RunDirectory
 
 
 def ids(document: dict) -> list[str]:
@@ -142,8 +149,6 @@ def test_deep_compares_with_the_journal_and_not_with_a_forged_manifest(run: Run,
     directory = run.directory / "checkpoint/step-500"
     flip(run, "checkpoint/step-500/model.bin")
     entry = run.journal.files(1)[0]
-    from ckptmgr.manifest import Digest
-
     text = (directory / "ckptmgr.json").read_text()
     forged = text.replace(entry.digest, Digest((directory / entry.path).read_bytes()).text)
     assert forged != text
@@ -250,6 +255,41 @@ def test_a_linked_series_directory_is_not_followed(run: Run, ckptmgr: Call) -> N
 
     assert ckptmgr("check", run.directory).code == 3
     assert ckptmgr("latest", run.directory).out == ""
+
+
+class BusyRun(RunDirectory):
+    """A run directory whose manager commits one checkpoint and deletes its predecessor while it is being listed."""
+
+    def __init__(self, run: Run, steps: list[int]) -> None:
+        super().__init__(run.directory)
+        self.run, self.steps = run, steps
+
+    def listing(self, *args, **kwargs):
+        if self.steps:
+            live = self.run.journal.checkpoints(live_only=True)
+            self.run.save(self.steps.pop(0), retire=[RetirementMark(record.id, "last 1") for record in live])
+            for record in live:
+                shutil.rmtree(self.run.directory / record.directory)
+                self.run.journal.finish_retirement(record.id, epoch=self.run.epoch)
+        return super().listing(*args, **kwargs)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_checkpoint_that_is_retired_while_we_look_is_not_called_missing(run: Run, deep: bool) -> None:
+    run.save(100)
+    busy = BusyRun(run, [200, 300, 400])
+    with Journal.open_read_only(run.journal_path) as journal:
+        report = judge(journal, busy, "checkpoint", deep_for=Output(as_json=True) if deep else None)
+
+    assert busy.steps == []
+    assert (report.verdict, report.chosen.step) == (Verdict.SAFE, 400)
+    assert report.all_findings == ()
+
+
+def test_a_series_that_never_stands_still_is_said_to(run: Run) -> None:
+    run.save(1)
+    with Journal.open_read_only(run.journal_path) as journal, pytest.raises(JournalError, match="faster"):
+        judge(journal, BusyRun(run, list(range(2, 99))), "checkpoint")
 
 
 def test_checking_changes_nothing(run: Run, ckptmgr: Call) -> None:

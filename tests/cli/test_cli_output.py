@@ -79,6 +79,13 @@ def test_json_is_strict_and_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out) == {"x": None, "y": [None, 1.5, ["é"]], "hint": "run `ckptmgr ls 'a b'`", "text": "RUN"}
 
 
+def test_only_a_command_s_argument_is_filled_in() -> None:
+    out = Output(as_json=False, run=["runs/alpha", "--journal", "j.db"])
+
+    assert out.hint("run `ckptmgr check RUN`") == "run `ckptmgr check runs/alpha --journal j.db`"
+    assert out.hint("write x into /data/RUN/mark, RUNNING") == "write x into /data/RUN/mark, RUNNING"
+
+
 def test_a_table_keeps_its_columns_over_batches_and_marks_empty_cells(capsys: pytest.CaptureFixture[str]) -> None:
     table = Output(as_json=False).table("A", "N", "WHY", right=("N",))
     table.add([["x", "1", "because"], ["yy", "10", ""]])

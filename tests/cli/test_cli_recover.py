@@ -347,6 +347,15 @@ def test_recover_apply_does_not_migrate(run: Run, ckptmgr: Call) -> None:
     assert run.journal_path.read_bytes() == before
 
 
+def test_recover_apply_does_not_fill_an_empty_journal(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.journal.close()
+    run.journal_path.write_bytes(b"")
+
+    assert ckptmgr("recover", run.directory, "--apply").code == 10
+    assert run.journal_path.read_bytes() == b""
+
+
 def test_upgrade_creates_no_journal(ckptmgr: Call, tmp_path: Path) -> None:
     assert ckptmgr("upgrade", tmp_path / "alpha").code == 10
     assert list(tmp_path.iterdir()) == []

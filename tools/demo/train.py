@@ -107,8 +107,8 @@ def sharded_model(options: argparse.Namespace) -> Qwen3MoeForCausalLM:
     if world_size() > 1:
         mesh = init_device_mesh("cpu", (world_size(),))
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--expert-width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4, help="windows per rank and step")
+    parser.add_argument("--batch", type=int, default=2, help="windows per rank and step")
     parser.add_argument("--length", type=int, default=128, help="bytes per window")
     options = parser.parse_args()
     logging.basicConfig(level="WARNING", format="%(message)s")

@@ -1,0 +1,329 @@
+"""A small training run, what it was told, and everything that must hold when it is opened after a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from child_process import AtComment, AtEffect, arm
+
+from ckptmgr import durable, recovery
+from ckptmgr.journal import Journal
+from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.manager import CheckpointManager, Series
+from ckptmgr.options import Timeouts, WriterOptions
+from ckptmgr.recovery import FoundKind
+from ckptmgr.retention import KeepLast
+from ckptmgr.rundir import RunDirectory
+from ckptmgr.writers.dcp import DCP
+from ckptmgr.writers.huggingface import HuggingFace
+from ckptmgr.writers.state import PerRank
+
+NAMES = ("dcp", "hf")
+PATIENCE = Timeouts(setup_s=30, write_s=20, gather_s=5, collective_s=20, close_s=20, close_on_error_s=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """One call of save. *series* is the format's word; *gen* tells two savings of one step apart."""
+
+    series: str
+    step: int
+    gen: int = 0
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A run that has been trained before, and what it does now."""
+
+    before: tuple[Save, ...]
+    now: tuple[Save, ...]
+    keep: int = 1
+    exchange: bool = True
+
+
+def scenarios(series: str) -> dict[str, Scenario]:
+    """A first save, one that lets another go, and one that replaces what is there, in both ways of doing so."""
+    first = Save(series, 1)
+    replace = Save(series, 1, gen=1, overwrite=True)
+    return {
+        "first": Scenario((), (first,)),
+        "steady": Scenario((first,), (Save(series, 2),)),
+        "overwrite": Scenario((first,), (replace,)),
+        "overwrite-aside": Scenario((first,), (replace,), exchange=False),
+    }
+
+
+# --- the trainer -------------------------------------------------------------------------------
+
+
+def module(step: int, gen: int) -> torch.nn.Module:
+    """A model whose weights tell by which save they were written."""
+    made = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        for number, parameter in enumerate(made.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) + 1000 * step + 100 * gen + number)
+    return made
+
+
+def state(series: str, step: int, gen: int) -> dict[str, Any]:
+    if series == "hf":
+        return {"model": module(step, gen)}
+    return {"model": module(step, gen), "at": [step, gen], "loader": PerRank({"position": 7 * step + gen})}
+
+
+def assets(run: Path) -> Path:
+    """A model directory as exports copy it, with a folder in it."""
+    folder = run.with_name("assets")
+    if not folder.is_dir():
+        scratch = folder.with_name("assets.new")
+        (scratch / "chat_templates").mkdir(parents=True)
+        (scratch / "config.json").write_text('{"model_type": "none"}')
+        (scratch / "chat_templates" / "default.jinja").write_text("{{ messages }}")
+        scratch.rename(folder)
+    return folder
+
+
+def manager(run: Path, series: Iterable[str] = NAMES, *, keep: int = 1) -> CheckpointManager:
+    formats = {"dcp": DCP(), "hf": HuggingFace(assets=assets(run), max_shard_size=80)}
+    return CheckpointManager(
+        run,
+        series=[Series(name, formats[name], keep=KeepLast(keep)) for name in dict.fromkeys(series)],
+        timeouts=PATIENCE,
+        writers=WriterOptions(nice=0, write_slots=0),
+    )
+
+
+def train(run: Path, saves: tuple[Save, ...], keep: int = 1) -> None:
+    """Save as told, one after the other, and note what was begun and what was acknowledged."""
+    notes = os.open(run.with_name("notes"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def note(word: str, save: Save) -> None:
+        os.write(notes, json.dumps([word, save.series, save.step, save.gen]).encode() + b"\n")
+
+    with manager(run, [save.series for save in saves], keep=keep) as opened:
+        for save in saves:
+            note("begun", save)
+            pending = opened.save(
+                save.step,
+                state(save.series, save.step, save.gen),
+                save.series,
+                overwrite=save.overwrite,
+                metrics={"gen": save.gen},
+            )
+            assert pending is not None
+            pending.wait()
+            note("acknowledged", save)
+
+
+def without_exchange() -> None:
+    """The file system of this child cannot swap two names."""
+    real = durable._renameat2
+    durable._renameat2 = lambda source, target, flags: False if flags == 2 else real(source, target, flags)  # noqa: SLF001
+
+
+def prepare(run: Path, scenario: Scenario) -> None:
+    """What happened before, without a crash."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    assets(run)
+    if scenario.before:
+        train(run, scenario.before, scenario.keep)
+
+
+def crash_while_saving(run: Path, scenario: Scenario, at: AtComment | AtEffect) -> None:
+    """Go on with the run until the place where it dies."""
+    if not scenario.exchange:
+        without_exchange()
+    arm(at, run)
+    train(run, scenario.now, scenario.keep)
+
+
+def crash_while_recovering(run: Path, at: AtComment | AtEffect) -> None:
+    """Open the run again, as at the next start, and die on the way."""
+    arm(at, run)
+    with manager(run):
+        pass
+
+
+def recover_once(run: Path) -> None:
+    """Open the run as a start does, and close it."""
+    with manager(run):
+        pass
+
+
+# --- what must hold ----------------------------------------------------------------------------
+
+
+def notes(run: Path) -> Iterator[tuple[str, str, int, int]]:
+    with contextlib.suppress(FileNotFoundError):
+        for line in run.with_name("notes").read_text().splitlines():
+            yield tuple(json.loads(line))
+
+
+def tree(run: Path) -> dict[str, Any]:
+    """Every name in the run directory: a file's bytes, a link's target, a directory's mark."""
+    found: dict[str, Any] = {}
+    for path in sorted(run.rglob("*")):
+        name = path.relative_to(run).as_posix()
+        if path.is_symlink():
+            found[name] = ("link", os.readlink(path))
+        else:
+            found[name] = "directory" if path.is_dir() else path.read_bytes()
+    return found
+
+
+def content(run: Path, record: CheckpointRecord) -> tuple[int, int]:
+    """Load a checkpoint with nothing but stock libraries and say which save wrote it; every byte must agree."""
+    folder = run / record.directory
+    if record.series == "hf":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        loaded: dict[str, torch.Tensor] = {}
+        for name in sorted(set(index["weight_map"].values())):
+            loaded |= safetensors.torch.load_file(folder / name)
+        assert json.loads((folder / "config.json").read_text()) == {"model_type": "none"}
+        assert (folder / "chat_templates" / "default.jinja").read_text() == "{{ messages }}"
+    else:
+        target = {"model": module(0, 0).state_dict(), "at": [None, None]}
+        torch.distributed.checkpoint.load(target, checkpoint_id=folder, no_dist=True)
+        loaded = target["model"]
+        assert target["at"] == [record.step, record.metrics["gen"]]
+        position = torch.load(folder / "per-rank-0.pt", weights_only=True)["loader"]["position"]
+        assert position == 7 * record.step + record.metrics["gen"]
+    expected = module(record.step, int(record.metrics["gen"])).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+    return record.step, int(record.metrics["gen"])
+
+
+def assert_sound(run: Path) -> dict[str, list[CheckpointRecord]]:
+    """
+    Everything that must hold of a run that was opened after a crash.
+
+    Returns:
+        The live checkpoints by series, oldest first.
+    """
+    rundir = RunDirectory(run)
+    with Journal.open_read_only(rundir.journal_path) as journal:
+        rows = journal.checkpoints()
+        files = {row.id: journal.files(row.id) for row in rows}
+        assert recovery.preview(journal, rundir).actions == (), "recovery left something to do"
+
+    # No row in between, no directory but those of live checkpoints.
+    assert [row for row in rows if row.is_in_flight] == []
+    assert [row for row in rows if row.retire_started_at and not row.retired_at] == []
+    live: dict[str, list[CheckpointRecord]] = {}
+    for row in sorted((row for row in rows if row.is_live), key=lambda row: row.commit_seq or 0):
+        live.setdefault(row.series, []).append(row)
+    for series in NAMES:
+        there = rundir.listing([series])
+        mine = live.get(series, [])
+        assert {item.path for item in there if item.kind is not FoundKind.LINK} == {row.directory for row in mine}
+        if series == "hf" and mine:
+            assert os.readlink(run / "hf" / "hf-latest") == Path(mine[-1].directory).name
+    scratch = [path.name for path in run.iterdir() if path.name.endswith(".new")]
+    assert scratch == []
+
+    # COMMITTED: every byte is what was recorded, and loads as what was saved.
+    for row in (row for mine in live.values() for row in mine):
+        manifest, digest = rundir.read_manifest(row.directory)
+        assert (manifest.attempt, digest) == (row.id, row.manifest_digest)
+        assert sorted(manifest.files, key=lambda file: file.path) == files[row.id]
+        assert rundir.verify(row.directory, files[row.id], digests=True) == ()
+        on_disk = {p.relative_to(run / row.directory).as_posix() for p in (run / row.directory).rglob("*") if p.is_file()}
+        assert on_disk == {file.path for file in files[row.id]} | {"ckptmgr.json"}
+        content(run, row)
+
+    # Acknowledged: live, or let go for one that committed later.
+    for word, series, step, gen in notes(run):
+        if word != "acknowledged":
+            continue
+        mine = live.get(series, [])
+        assert mine, f"{series} had an acknowledged checkpoint and has none now"
+        acknowledged = [
+            row for row in rows if (row.series, row.step, row.metrics.get("gen")) == (series, step, gen) and row.committed_at
+        ]
+        assert acknowledged, f"{series} step {step} gen {gen} was acknowledged and is not COMMITTED"
+        newest = max(acknowledged, key=lambda row: row.commit_seq or 0)
+        assert newest.is_live or (mine[-1].commit_seq or 0) > (newest.commit_seq or 0)
+    return live
+
+
+def check(run: Path, *, saves_on: bool = True) -> None:
+    """Open the run after a crash; everything holds, what is newest loads in place, and the next save works."""
+    with manager(run) as opened:
+        live = assert_sound(run)
+        meta = json.loads((run / "meta.json").read_text())
+        for series in NAMES:
+            assert meta[f"{series}_list"] == [row.directory for row in live.get(series, [])]
+        resumed: dict[str, Any] = {"model": module(0, 0), "at": None, "loader": PerRank({})}
+        chosen = opened.resume(resumed, series="dcp")
+        if newest := live.get("dcp", []):
+            step, gen = newest[-1].step, int(newest[-1].metrics["gen"])
+            assert chosen is not None
+            assert (chosen.step, resumed["at"], resumed["loader"].value) == (step, [step, gen], {"position": 7 * step + gen})
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(resumed["model"].parameters(), module(step, gen).parameters(), strict=True)
+            )
+        else:
+            assert chosen is None
+    before = tree(run), rows(run)
+    with contextlib.closing(Again(run)) as again:
+        report = again.recover()
+
+    assert report.changes == ()
+    assert (tree(run), rows(run)) == before, "a second recovery changed something"
+    if saves_on:
+        series = sorted({series for _, series, _, _ in notes(run)} or {"dcp"})
+        train(run, tuple(Save(name, 50) for name in series))
+        live = assert_sound(run)
+        for name in series:
+            assert [row.step for row in live[name]] == [50]
+
+
+class Again:
+    """Recovery alone, as `ckptmgr recover --apply` does it."""
+
+    def __init__(self, run: Path) -> None:
+        self.rundir = RunDirectory(run)
+        self.rundir.acquire("test")
+        self.journal = Journal.open(self.rundir.journal_path)
+        self.epoch = self.journal.begin_epoch(host="h", pid=1, command="test", versions={})
+
+    def recover(self) -> recovery.RecoveryReport:
+        return recovery.recover(self.journal, self.rundir, epoch=self.epoch, host="h", pid=1)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.rundir.release()
+
+
+def rows(run: Path) -> list[Any]:
+    """Everything the journal says about checkpoints."""
+    with Journal.open_read_only(RunDirectory(run).journal_path) as journal:
+        return [journal.checkpoints(), journal.transitions(), journal.decisions()]
+
+
+def as_left(run: Path) -> tuple[list[CheckpointRecord], set[str]]:
+    """What a crash left, before anyone has recovered it: all rows, and all names in the series' directories."""
+    rundir = RunDirectory(run)
+    with Journal.open(rundir.journal_path) as journal:  # not read-only: a transaction may have to be rolled back
+        found = journal.checkpoints()
+    return found, {item.path for item in rundir.listing(NAMES)}
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    """A whole run, with its journal and notes, in a new place."""
+    shutil.copytree(run.parent, to, symlinks=True, dirs_exist_ok=True)
+    return to / run.name
+
+

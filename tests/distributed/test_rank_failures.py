@@ -1,0 +1,459 @@
+"""One rank of several cannot do its part: every rank hears the same, at the same poll, and the next save works."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_processes import Here, on_ranks, start_ranks
+from saving_ranks import assert_failed, hear_alike, manager_on, poll_until_failure, rows, timeouts
+
+from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed, WriterOptions
+
+HOST = socket.gethostname()
+
+
+def _state(here: Here, size: int = 20_000) -> dict[str, Any]:
+    """Something that every rank has a part of: a plain tensor per rank, per-rank state, a number."""
+    return {f"part-{here.rank}": torch.full((size,), float(here.rank)), "own": PerRank(here.rank), "step": 0}
+
+
+def _nothing_in_flight_on_disk(here: Here) -> None:
+    left = [path.name for path in (here.run_dir / "checkpoint").iterdir() if path.name.startswith(".")]
+    assert not left, f"a failed save left {left}"
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _fails_and_recovers(
+    here: Here, manager: CheckpointManager, step: int, victim: int, sabotage: Callable[[int], Callable[[], None]]
+) -> SaveFailed:
+    """
+    Save one that fails on *victim*, hear of it, save the next one, which commits.
+
+    *sabotage* gets the pid of the victim's writer before the save and returns what to do after it.
+    """
+    after: Callable[[], None] = lambda: None  # noqa: E731
+    if here.rank == victim:
+        assert manager.writer_pid is not None
+        after = sabotage(manager.writer_pid)
+    pending = manager.save(step, _state(here))
+    assert pending is not None
+    after()
+    failure = hear_alike(here, manager)
+    assert (failure.series, failure.step) == ("checkpoint", step)
+    assert [f.rank for f in failure.failures] == [victim]
+    assert failure.failures[0].host == HOST
+    assert pending.state is CheckpointState.FAILED
+    manager.poll()  # told once, not again
+    good = manager.save(step + 1, _state(here))
+    assert good is not None
+    good.wait()
+    assert good.state is CheckpointState.COMMITTED
+    manager.poll()
+    return failure
+
+
+def _kill_while_it_writes(pid: int) -> Callable[[], None]:
+    os.kill(pid, signal.SIGSTOP)
+    return lambda: os.kill(pid, signal.SIGKILL)
+
+
+def _let_it_hang(pid: int) -> Callable[[], None]:
+    os.kill(pid, signal.SIGSTOP)
+    return lambda: None
+
+
+def _no_room(pid: int) -> Callable[[], None]:
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    # The limit holds until the writer has met it: lift it once the failed file is reported.
+    return lambda: _lift_later(pid, before)
+
+
+def _lift_later(pid: int, before: tuple[int, int]) -> None:
+    import threading
+
+    def lift() -> None:
+        time.sleep(1.0)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+    threading.Thread(target=lift).start()
+
+
+@on_ranks(2)
+def test_a_killed_writer_fails_its_save_on_every_rank_and_the_next_commits(here: Here) -> None:
+    with manager_on(here) as manager:
+        for step, victim in ((1, 1), (11, 0)):
+            failure = _fails_and_recovers(here, manager, step, victim, _kill_while_it_writes)
+            assert "signal 9" in failure.failures[0].cause
+            assert not failure.failures[0].silent
+    if here.is_leader:
+        found = rows(here)
+        assert_failed(found[1], 1, "the writer process died (signal 9)", HOST)
+        assert_failed(found[11], 0, "the writer process died (signal 9)", HOST)
+        assert [found[step].state for step in (2, 12)] == [CheckpointState.COMMITTED] * 2
+        _nothing_in_flight_on_disk(here)
+
+
+@on_ranks(4)
+def test_with_four_ranks_the_failed_one_is_named_and_all_hear_at_the_same_poll(here: Here) -> None:
+    with manager_on(here) as manager:
+        failure = _fails_and_recovers(here, manager, 1, 2, _kill_while_it_writes)
+    assert [f.rank for f in failure.failures] == [2]
+    if here.is_leader:
+        assert_failed(rows(here)[1], 2, "signal 9", HOST)
+        assert rows(here)[2].world_size == 4
+
+
+@on_ranks(2)
+def test_a_writer_that_hangs_is_ended_after_write_s(here: Here) -> None:
+    with manager_on(here, wait=timeouts(write_s=1.0)) as manager:
+        for step, victim in ((1, 1), (11, 0)):
+            before = manager.writer_pid
+            failure = _fails_and_recovers(here, manager, step, victim, _let_it_hang)
+            assert "did not answer within 1 s" in failure.failures[0].cause
+            assert (manager.writer_pid != before) == (here.rank == victim), "only the hung writer is replaced"
+    if here.is_leader:
+        assert_failed(rows(here)[1], 1, "did not answer", HOST)
+        _nothing_in_flight_on_disk(here)
+
+
+@on_ranks(2)
+def test_a_full_disk_on_one_rank_fails_the_save_there_and_nothing_is_published(here: Here) -> None:
+    with manager_on(here) as manager:
+        for step, victim in ((1, 1), (11, 0)):
+            failure = _fails_and_recovers(here, manager, step, victim, _no_room)
+            assert "File too large" in failure.failures[0].cause
+            assert f"__{victim}_0.distcp" in failure.failures[0].cause, "the cause names the file"
+            time.sleep(1.0)
+    if here.is_leader:
+        assert_failed(rows(here)[1], 1, "File too large", HOST)
+        assert sorted(path.name for path in (here.run_dir / "checkpoint").iterdir()) == ["step-12", "step-2"]
+
+
+class _Unsafe:
+    """Nothing that could be read back without running code."""
+
+
+@on_ranks(2)
+def test_a_value_that_one_rank_cannot_store_fails_the_save_with_that_rank(here: Here) -> None:
+    with manager_on(here) as manager:
+        state = _state(here)
+        state["own"] = PerRank(_Unsafe() if here.rank == 1 else 0)
+        manager.save(1, state)
+        failure = hear_alike(here, manager)
+        assert [f.rank for f in failure.failures] == [1]
+        assert "cannot be stored safely" in failure.failures[0].cause
+        good = manager.save(2, _state(here))
+        assert good is not None
+        good.wait()
+    if here.is_leader:
+        assert_failed(rows(here)[1], 1, "cannot be stored safely", HOST)
+
+
+@on_ranks(2)
+def test_a_state_that_one_rank_cannot_take_is_refused_on_every_rank_and_leaves_no_row(here: Here) -> None:
+    from ckptmgr.errors import InvalidArgument
+
+    with manager_on(here) as manager:
+        bad: dict[Any, Any] = _state(here)
+        if here.rank == 1:
+            bad[7] = "no text for a name"
+        with pytest.raises(InvalidArgument, match="the name 7"):
+            manager.save(1, bad)
+        good = manager.save(1, _state(here))
+        assert good is not None
+        good.wait()
+    if here.is_leader:
+        assert len(rows(here)) == 1
+
+
+def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
+    with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0)) as manager:
+        first = manager.save(1, _state(here))
+        assert first is not None
+        first.wait()
+        assert manager.writer_pid is not None
+        if here.rank == victim:
+            # Its writer stops first, so that the trainer cannot have reported when it stops too.
+            os.kill(manager.writer_pid, signal.SIGSTOP)
+        manager.save(2, _state(here))
+        if here.rank == victim:
+            here.tell("victim", [os.getpid(), manager.writer_pid])
+        count, failure = poll_until_failure(here, manager)
+        here.meet()
+        good = manager.save(3, _state(here))
+        assert good is not None
+        good.wait()
+        manager.poll()
+        return [count, [[f.rank, f.host, f.cause, f.silent] for f in failure.failures]]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_trainer_that_stops_is_named_silent_on_every_rank_and_the_next_save_commits(
+    tmp_path: Path, world_size: int
+) -> None:
+    with start_ranks(world_size, _one_trainer_stops, tmp_path, victim=1) as world:
+        trainer, writer = world.here.ask("victim")
+        os.kill(trainer, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.kill(writer, signal.SIGCONT)
+        os.kill(trainer, signal.SIGCONT)
+        told = world.join(40)
+    for _, failures in told:
+        assert failures == told[0][1], f"the ranks heard different failures: {told}"
+    ((rank, host, cause, silent),) = told[0][1]
+    assert (rank, host, silent) == (1, HOST, True)
+    assert "silent" in cause
+    others = [count for rank, (count, _) in enumerate(told) if rank != 1]
+    assert len(set(others)) == 1, f"ranks that did not stop heard at different polls: {others}"
+    found = rows(world.here)
+    assert_failed(found[2], 1, "silent", HOST)
+    assert found[3].state is CheckpointState.COMMITTED
+
+
+def _long_report_and_one_stops(here: Here) -> list[Any]:
+    # Thousands of small values make every rank's report longer than one message frame.
+    state = _state(here) | {f"values-{here.rank}": {f"k{i}": i for i in range(3000)}}
+    with manager_on(here, wait=timeouts(write_s=2.0, gather_s=1.0)) as manager:
+        first = manager.save(1, state)
+        assert first is not None
+        first.wait()
+        if here.rank == 1:
+            assert manager.writer_pid is not None
+            os.kill(manager.writer_pid, signal.SIGSTOP)
+        manager.save(2, state)
+        if here.rank == 1:
+            here.tell("victim", [os.getpid(), manager.writer_pid])
+        _, failure = poll_until_failure(here, manager)
+        here.meet()
+        return [f.rank for f in failure.failures]
+
+
+def test_a_silent_rank_takes_no_other_along_even_where_reports_are_long(tmp_path: Path) -> None:
+    with start_ranks(3, _long_report_and_one_stops, tmp_path) as world:
+        trainer, writer = world.here.ask("victim")
+        os.kill(trainer, signal.SIGSTOP)
+        time.sleep(5.0)
+        os.kill(writer, signal.SIGCONT)
+        os.kill(trainer, signal.SIGCONT)
+        told = world.join(40)
+    assert told[0] == [1], "rank 0 blames ranks that had reported"
+    assert told[2] == [1], "rank 2 heard something else than rank 0"
+
+
+def _leader_stops(here: Here) -> list[Any]:
+    with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0, collective_s=12.0), on_failure="warn") as manager:
+        first = manager.save(1, _state(here))
+        assert first is not None
+        first.wait()
+        if here.is_leader:
+            assert manager.writer_pid is not None
+            os.kill(manager.writer_pid, signal.SIGSTOP)
+        pending = manager.save(2, _state(here))
+        assert pending is not None
+        if here.is_leader:
+            here.tell("leader", [os.getpid(), manager.writer_pid])
+        outcome = "COMMITTED"
+        try:
+            pending.wait(30)
+        except SaveFailed as failure:
+            outcome = f"FAILED {[[f.rank, f.silent] for f in failure.failures]}"
+        here.meet()
+        good = manager.save(3, _state(here))
+        assert good is not None
+        good.wait()
+        return [outcome]
+
+
+def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_path: Path) -> None:
+    with start_ranks(2, _leader_stops, tmp_path) as world:
+        trainer, writer = world.here.ask("leader")
+        os.kill(trainer, signal.SIGSTOP)
+        time.sleep(4.5)
+        os.kill(writer, signal.SIGCONT)
+        os.kill(trainer, signal.SIGCONT)
+        told = world.join(60)
+    state = rows(world.here)[2].state
+    assert all(outcome.startswith(str(state)) for (outcome,) in told), f"the journal says {state}, the ranks {told}"
+
+
+def _one_trainer_dies(here: Here) -> list[Any]:
+    manager = manager_on(here, wait=timeouts(close_on_error_s=3.0))
+    with pytest.raises(SaveFailed) as caught, manager:
+        first = manager.save(1, _state(here))
+        assert first is not None
+        first.wait()
+        assert manager.writer_pid is not None
+        if here.rank == 1:
+            os.kill(manager.writer_pid, signal.SIGSTOP)
+        manager.save(2, _state(here))
+        here.meet()
+        if here.rank == 1:
+            here.tell("writer", manager.writer_pid)
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        poll_until_failure(here, manager, 15.0)
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    return [time.monotonic() - began, [[f.rank, f.silent] for f in caught.value.failures]]
+
+
+def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_path: Path) -> None:
+    with start_ranks(3, _one_trainer_dies, tmp_path) as world:
+        told = world.join(40, dead=[1])
+    for took, failures in (told[0], told[2]):
+        assert failures == [[1, True]]
+        assert took < 10, "a dead rank must not be waited for as long as a silent one"
+    found = rows(world.here)
+    assert found[2].state is CheckpointState.FAILED
+    assert [entry["rank"] for entry in found[2].failures] == [1]
+    assert not (world.here.run_dir / "checkpoint" / "step-2").exists()
+
+
+@on_ranks(2)
+def test_one_rank_that_leaves_on_an_exception_does_not_hang_the_others(here: Here) -> None:
+    from ckptmgr.errors import RanksDisagree
+
+    began = time.monotonic()
+    expected = ZeroDivisionError if here.rank == 1 else RanksDisagree
+    with pytest.raises(expected), manager_on(here) as manager:
+        first = manager.save(1, _state(here))
+        assert first is not None
+        first.wait()
+        if here.rank == 1:
+            raise ZeroDivisionError
+        manager.save(2, _state(here))
+    assert time.monotonic() - began < 15
+
+
+@on_ranks(2)
+def test_ranks_that_save_different_things_are_told_so_and_can_go_on(here: Here) -> None:
+    from ckptmgr.errors import RanksDisagree
+
+    with manager_on(here) as manager:
+        state = {"t": torch.zeros(4)}
+        with pytest.raises(RanksDisagree) as caught:
+            manager.save(1 + here.rank, state)
+        assert [f"save({1 + rank}, series='checkpoint', overwrite=False)" for rank in (0, 1)] == list(
+            caught.value.values
+        )
+        with pytest.raises(RanksDisagree):
+            manager.save(1, state, series=["checkpoint", "hf"][here.rank])
+        with pytest.raises(RanksDisagree):
+            manager.save(1, state, overwrite=here.rank == 1)
+        good = manager.save(1, state)
+        assert good is not None
+        good.wait()
+        assert good.state is CheckpointState.COMMITTED
+    if here.is_leader:
+        assert [(r.step, r.state) for r in rows(here).values()] == [(1, CheckpointState.COMMITTED)]
+
+
+@on_ranks(2)
+def test_a_rank_that_does_not_come_to_save_is_an_error_in_time(here: Here) -> None:
+    from ckptmgr.errors import RanksDisagree
+
+    manager = manager_on(here, wait=timeouts(collective_s=1.5))
+    began = time.monotonic()
+    if here.rank == 0:
+        with pytest.raises(RanksDisagree, match="not all ranks arrived"):
+            manager.save(1, {"t": torch.zeros(4)})
+        assert 1.0 < time.monotonic() - began < 8
+    here.meet()
+    manager.close()
+
+
+@on_ranks(2)
+def test_a_lock_that_is_held_is_the_same_error_on_every_rank(here: Here) -> None:
+    from ckptmgr.errors import RunLocked
+    from ckptmgr.rundir import RunDirectory
+
+    other = RunDirectory(here.run_dir)
+    if here.is_leader:
+        other.acquire("another trainer")
+    here.meet()
+    with pytest.raises(RunLocked) as caught:
+        manager_on(here)
+    assert f"another trainer, pid {here.everyone('pid', os.getpid())[0]} on {HOST}, since " in caught.value.holder
+    other.release()
+    here.meet()
+    manager_on(here).close()
+
+
+@on_ranks(2)
+def test_a_writer_that_cannot_start_on_one_rank_fails_the_constructor_with_that_rank_named(here: Here) -> None:
+    import sys
+
+    from ckptmgr.errors import SetupFailed
+
+    real = sys.executable
+    if here.rank == 1:
+        sys.executable = "/nonexistent/python"
+    with pytest.raises(SetupFailed) as caught:
+        manager_on(here)
+    assert [(f.rank, f.host) for f in caught.value.failures] == [(1, HOST)]
+    assert "/nonexistent/python" in caught.value.failures[0].cause
+    sys.executable = real
+    here.meet()
+    manager_on(here).close()
+
+
+@on_ranks(2)
+def test_a_failure_is_heard_by_the_next_save_and_by_close_too(here: Here) -> None:
+    with manager_on(here, on_failure="raise") as manager:
+        for step in (1, 11):
+            pid = manager.writer_pid
+            assert pid is not None
+            after = _kill_while_it_writes(pid) if here.rank == 1 else (lambda: None)
+            manager.save(step, _state(here))
+            after()
+            with pytest.raises(SaveFailed, match=f"step {step} failed"):
+                manager.save(step + 1, _state(here))
+        for_close = manager.writer_pid
+        manager.save(21, _state(here))
+    assert for_close is not None
+    manager = manager_on(here)
+    assert manager.writer_pid is not None
+    after = _kill_while_it_writes(manager.writer_pid) if here.rank == 0 else (lambda: None)
+    manager.save(31, _state(here))
+    after()
+    with pytest.raises(SaveFailed, match="step 31 failed"):
+        manager.close()
+    manager.close()
+    if here.is_leader:
+        assert sorted(rows(here)) == [1, 11, 21, 31], "a save that raises for an earlier one has not begun"
+
+
+@on_ranks(2)
+def test_waiting_raises_the_same_failure_once_on_every_rank(here: Here) -> None:
+    with manager_on(here, writers=WriterOptions(nice=0)) as manager:
+        assert manager.writer_pid is not None
+        after = _kill_while_it_writes(manager.writer_pid) if here.rank == 1 else (lambda: None)
+        pending = manager.save(1, _state(here))
+        assert pending is not None
+        assert not pending.done()
+        after()
+        with pytest.raises(SaveFailed) as caught:
+            pending.wait()
+        assert here.everyone("rank", [f.rank for f in caught.value.failures]) == [[1], [1]]
+        for _ in range(5):
+            manager.poll()
+        here.meet()
