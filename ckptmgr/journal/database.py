@@ -2,7 +2,7 @@
 Opening SQLite the one right way.
 
 Every connection to a journal, Alembic's included, comes from `connect`; every transaction runs in
-a `Database`. The rules (see docs/explanation/durability.md):
+a `Database`. The rules (see docs/explanation/commit-order.md):
 
 - ``journal_mode=PERSIST``, ``synchronous=EXTRA``, ``mmap_size=0``, set and read back each time.
   PERSIST can still record a failure on a full disk; EXTRA also syncs the directory; WAL needs
