@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptmgr.commit import Committed as Committed
     from ckptmgr.errors import CheckpointError as CheckpointError
     from ckptmgr.errors import CheckpointNotFound as CheckpointNotFound
     from ckptmgr.errors import CorruptCheckpoint as CorruptCheckpoint
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from ckptmgr.errors import UnsafePath as UnsafePath
     from ckptmgr.errors import UnsafeResume as UnsafeResume
     from ckptmgr.errors import WaitTimeout as WaitTimeout
-    from ckptmgr.finalizer import Committed as Committed
     from ckptmgr.lifecycle import CheckpointRecord as CheckpointRecord
     from ckptmgr.lifecycle import CheckpointState as CheckpointState
     from ckptmgr.manager import CheckpointManager as CheckpointManager
@@ -82,7 +82,7 @@ _HOMES = {
         "UnsafeResume",
         "WaitTimeout",
     ),
-    "finalizer": ("Committed",),
+    "commit": ("Committed",),
     "lifecycle": ("CheckpointRecord", "CheckpointState"),
     "manager": ("CheckpointManager", "PendingSave", "Resumed", "Series"),
     "options": ("Timeouts", "WriterOptions"),

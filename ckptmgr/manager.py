@@ -2,8 +2,8 @@
 `CheckpointManager`: the only room a trainer enters.
 
 Here is what happens on the training thread: agreeing with the other ranks, capturing the state, and
-hearing of failures. Everything after the capture happens in `finalizer`; everything that is decided,
-in `retention`, `recovery` and `resume`.
+hearing of failures. Everything after the capture happens in `finalizer` and `commit`; everything that
+is decided, in `retention`, `recovery` and `resume`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 
 from ckptmgr import recovery
 from ckptmgr import resume as resumption
+from ckptmgr.commit import Committed, Job, Leader
 from ckptmgr.errors import (
     CheckpointError,
     InvalidArgument,
@@ -39,7 +40,7 @@ from ckptmgr.errors import (
     UnsafeResume,
     WaitTimeout,
 )
-from ckptmgr.finalizer import Committed, Finalizer, Job, Leader, Ticks
+from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState, Format
 from ckptmgr.options import Timeouts, WriterOptions

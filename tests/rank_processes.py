@@ -141,6 +141,7 @@ class World:
             timeout_s: For all of them together.
             dead: Ranks that are meant to die without a word.
         """
+        __tracebackhide__ = True
         deadline = time.monotonic() + timeout_s
         words: dict[int, tuple[str, Any]] = {}
         open_pipes = dict(zip(self._pipes, range(len(self._pipes)), strict=True))
@@ -243,6 +244,7 @@ def start_ranks(
 
 def run_on_ranks(number: int, function: Callable[..., Any], tmp_path: Path, **arguments: Any) -> list[Any]:
     """`start_ranks`, waited for; returns what the function returned on each rank."""
+    __tracebackhide__ = True
     timeout_s = arguments.get("timeout_s", 60.0)
     with start_ranks(number, function, tmp_path, **arguments) as world:
         return world.join(timeout_s + _GRACE_S)
@@ -258,6 +260,7 @@ def on_ranks(number: int, **options: Any) -> Callable[[Callable[..., Any]], Call
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         @functools.wraps(function)
         def test(tmp_path: Path, **arguments: Any) -> None:
+            __tracebackhide__ = True
             run_on_ranks(number, function, tmp_path, **options, **arguments)
 
         parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -356,12 +359,13 @@ def _act(module: str, name: str, here: Here, distributed: bool, arguments: Mappi
 
 def _trace(error: BaseException) -> str:
     told = traceback.TracebackException.from_exception(error, capture_locals=True, lookup_lines=True, compact=True)
-    # Ours and torch's frames explain nothing by their locals; the test's own do.
+    # Our own frames and torch's explain nothing by their locals; the test's and ckptmgr's do.
     chained: traceback.TracebackException | None = told
     while chained is not None:
         for frame in chained.stack:
             if frame.locals is not None:
-                inside = "/tests/" in frame.filename or "/ckptmgr/" in frame.filename
+                ours = frame.filename == __file__
+                inside = not ours and ("/tests/" in frame.filename or "/ckptmgr/" in frame.filename)
                 frame.locals = {k: v[:300] for k, v in frame.locals.items()} if inside else None
         chained = chained.__cause__ or chained.__context__
     return "".join(told.format())

@@ -28,7 +28,7 @@ def manager_on(here: Here, *, wait: Timeouts | None = None, **options: Any) -> C
     return CheckpointManager(here.run_dir, timeouts=wait or timeouts(), **options)
 
 
-def poll_until_failure(here: Here, manager: CheckpointManager, limit_s: float = 30.0) -> tuple[int, SaveFailed]:
+def poll_until_failure(here: Here, manager: CheckpointManager, limit_s: float = 20.0) -> tuple[int, SaveFailed]:
     """Train on, polling at a pace that differs by rank; returns at which poll the failure was heard, and it."""
     deadline = time.monotonic() + limit_s
     for count in itertools.count(1):

@@ -72,7 +72,13 @@ def _fails_and_recovers(
 
 def _kill_while_it_writes(pid: int) -> Callable[[], None]:
     os.kill(pid, signal.SIGSTOP)
-    return lambda: os.kill(pid, signal.SIGKILL)
+
+    def kill() -> None:
+        # A writer that dies idle is replaced without a word; this one must have its job.
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
+
+    return kill
 
 
 def _let_it_hang(pid: int) -> Callable[[], None]:
