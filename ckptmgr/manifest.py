@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -105,13 +106,15 @@ class Manifest:
             raise bad(f"not a manifest: {error}") from error
         if not isinstance(body, dict):
             raise bad("not a JSON object")
-        if body.get("format_version") != FORMAT_VERSION:
-            raise bad(f"format_version is {body.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+        if type(version := body.get("format_version")) is not int or version != FORMAT_VERSION:
+            raise bad(f"format_version is {version!r}, this version reads {FORMAT_VERSION}")
 
         def take(holder: dict[str, Any], key: str, *kinds: type) -> Any:
             value = holder.get(key)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise bad(f"{key!r} is {type(value).__name__}")
+            if isinstance(value, str | int | float) and not (_is_text(value) or _is_finite(value)):
+                raise bad(f"{key!r} is nothing that a file or a database can hold")
             return value
 
         def count(holder: dict[str, Any], key: str) -> int:
@@ -138,11 +141,11 @@ class Manifest:
         per_rank = take(body, "per_rank", list)
         metrics = take(body, "metrics", dict)
         versions = take(body, "versions", dict)
-        if not all(isinstance(name, str) for name in per_rank):
+        if not all(_is_text(name) for name in per_rank):
             raise bad("'per_rank' holds something other than names")
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in metrics.values()):
+        if not all(_is_text(name) and _is_finite(value) for name, value in metrics.items()):
             raise bad("'metrics' holds something other than numbers")
-        if not all(isinstance(v, str) for v in versions.values()):
+        if not all(_is_text(text) for pair in versions.items() for text in pair):
             raise bad("'versions' holds something other than text")
         try:
             layout = Format(take(body, "format", str))
@@ -166,10 +169,29 @@ class Manifest:
 
 def is_plain_relative(path: str) -> bool:
     """Whether *path* is a clean relative POSIX path: no root, no ``..``, no empty part, no NUL, no backslash."""
-    if not path or len(path) > 4096 or "\0" in path or "\\" in path:
+    if not path or len(path) > 4096 or "\0" in path or "\\" in path or not _is_text(path):
         return False
     pure = PurePosixPath(path)
     return not pure.is_absolute() and ".." not in pure.parts and "." not in path.split("/") and str(pure) == path
+
+
+def _is_text(value: object) -> bool:
+    """Whether *value* is text that UTF-8 can hold; JSON can spell halves of characters, which it cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_finite(value: object) -> bool:
+    """Whether *value* is a number that a float can hold; JSON can spell larger ones, such as 1e999."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _reject(word: str) -> float:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, assert_never
 
@@ -566,7 +567,12 @@ def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:
     gathered = [record for record in records if record.state is S.GATHERED]
     # A size is no proof: after a power cut a file may have its full size and hold only zeros.
     deep_for = [path for record in gathered for path in (record.directory, record.staging_directory)]
-    return plan(records, rundir.listing(journal.series(), deep_for=deep_for))
+    found = rundir.listing(journal.series(), deep_for=deep_for)
+    for item in found:
+        # A disk that cannot be read right now says nothing about what is on it: do not give up a copy for that.
+        if item.path in deep_for and (errors := [m for m in item.mismatches or () if m.startswith("unreadable:")]):
+            raise OSError(errno.EIO, errors[0], item.path)
+    return plan(records, found)
 
 
 class _Hands:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -45,8 +46,11 @@ READ_BYTES = 8 << 20
 _SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _FINAL = re.compile(r"(?:step|hf)-(0|[1-9][0-9]{0,17})\Z")
 _WORKING = re.compile(
-    r"\.(?:step|hf)-(0|[1-9][0-9]{0,17})\.e([1-9][0-9]{0,17})\.a([1-9][0-9]{0,17})\.(incomplete|retired|quarantined)\Z"
+    r"\.(?:step|hf)-(0|[1-9][0-9]{0,17})\.e([1-9][0-9]{0,17})\.a([1-9][0-9]{0,17})"
+    r"\.(incomplete|retired|quarantined)(?:(?<=quarantined)\.[0-9]+)?\Z"
 )
+#: Errors that say that no such regular file is there, rather than that the disk cannot be read.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO)
 _KINDS = {
     "incomplete": FoundKind.STAGING,
     "retired": FoundKind.RETIRED,
@@ -224,12 +228,17 @@ class RunDirectory:
             kind = FoundKind.LINK
         holds = digest = mismatches = None
         if is_directory and kind is not FoundKind.OTHER:
-            with contextlib.suppress(OSError, CorruptCheckpoint):
+            try:
                 manifest, digest = self.read_manifest(path)
                 if manifest.run_id == self.run_id() and manifest.series == series:
                     holds = manifest.attempt
                 if path in deep_for or path in sizes_for:
                     mismatches = self.verify(path, manifest.files, digests=path in deep_for)
+            except CorruptCheckpoint:
+                pass
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    mismatches = (f"unreadable: {MANIFEST_NAME} cannot be read: {error.strerror or error}",)
         return Found(
             path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
             is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
@@ -265,7 +274,7 @@ class RunDirectory:
             progress: Called with the number of bytes just read.
 
         Returns:
-            What differs, each starting with ``missing:``, ``size:`` or ``digest:``; empty if intact.
+            What differs, each starting with ``missing:``, ``unreadable:``, ``size:`` or ``digest:``; empty if intact.
         """
         directory = self._inside(path)
         wrong = []
@@ -278,7 +287,8 @@ class RunDirectory:
                     elif digests and _digest_of(descriptor, progress) != entry.digest:
                         wrong.append(f"digest: {entry.path} has other bytes than were committed")
             except OSError as error:
-                wrong.append(f"missing: {entry.path} cannot be read: {error.strerror or error}")
+                word = "missing" if error.errno in _ABSENT else "unreadable"
+                wrong.append(f"{word}: {entry.path} cannot be read: {error.strerror or error}")
         return tuple(wrong)
 
     def exists(self, path: str) -> bool:
@@ -411,7 +421,9 @@ class RunDirectory:
 
     def quarantine(self, path: str, record: CheckpointRecord) -> str:
         """Set a directory aside for inspection under a name nobody resumes from; returns the new path."""
-        target = record.staging_directory.removesuffix(".incomplete") + ".quarantined"
+        stem = record.staging_directory.removesuffix(".incomplete") + ".quarantined"
+        # An attempt may need more than one: its final and its staging directory, or another one's again.
+        target = next(name for n in itertools.count(1) if not self.exists(name := stem if n == 1 else f"{stem}.{n}"))
         durable.rename_new(self._inside(path), self._inside(target))
         durable.sync_directory(self._inside(target).parent)
         return target

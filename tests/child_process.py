@@ -229,9 +229,8 @@ def _main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AtComment:
-    """Die at the statement below the n-th time that a comment of the product is passed."""
+    """Die at the statement below the n-th time that the comment of the product that begins so is passed."""
 
-    file: str
     comment: str
     nth: int = 1
     in_writer: bool = False
@@ -300,32 +299,30 @@ class Place:
     above: range
 
 
-def comments(package: Path) -> dict[tuple[str, str], int]:
-    """Every ``# Crash here:`` comment of a package: (file, what is left) → line of the comment's last line."""
-    found: dict[tuple[str, str], int] = {}
+def comments(package: Path) -> dict[str, tuple[Path, int]]:
+    """Every ``# Crash here:`` comment of a package: what is left → file and last line of the comment."""
+    found: dict[str, tuple[Path, int]] = {}
     for path in sorted(package.rglob("*.py")):
         lines = path.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(lines):
             before, mark, text = line.partition("Crash here:")
             if mark and before.lstrip().startswith("#"):
-                key = (path.relative_to(package).as_posix(), text.strip())
-                assert key not in found, f"two comments say the same: {key}"
+                assert text.strip() not in found, f"two comments say the same: {text}"
                 last = number
-                while lines[last].lstrip().startswith("#"):
+                while lines[last + 1].lstrip().startswith("#"):
                     last += 1
-                found[key] = last
+                found[text.strip()] = (path, last + 1)
     return found
 
 
-def place_of(file: str, comment: str) -> Place:
+def place_of(comment: str) -> Place:
     """Where in the product the comment that begins with *comment* stands."""
     import ckptmgr
 
-    package = Path(ckptmgr.__file__).parent
-    hits = [line for (name, text), line in comments(package).items() if name == file and text.startswith(comment)]
-    assert len(hits) == 1, f"{len(hits)} comments in {file} begin with {comment!r}"
-    (line,) = hits
-    source = (package / file).read_text()
+    hits = [at for text, at in comments(Path(ckptmgr.__file__).parent).items() if text.startswith(comment)]
+    assert len(hits) == 1, f"{len(hits)} comments begin with {comment!r}"
+    ((file, line),) = hits
+    source = file.read_text()
     text = source.splitlines()
     column = len(text[line - 1]) - len(text[line - 1].lstrip())
     statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and node.col_offset == column]
@@ -338,11 +335,11 @@ def place_of(file: str, comment: str) -> Place:
             break
     assert above.end_lineno is not None
     first = None if ends_block or below is None else below.lineno
-    return Place(str(package / file), line, first, range(above.lineno, above.end_lineno + 1))
+    return Place(str(file), line, first, range(above.lineno, above.end_lineno + 1))
 
 
 def _die_at_line(what: AtComment) -> None:
-    place = place_of(what.file, what.comment)
+    place = place_of(what.comment)
     passed = 0
 
     def reached() -> None:

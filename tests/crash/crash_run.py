@@ -139,11 +139,12 @@ def prepare(run: Path, scenario: Scenario) -> None:
         train(run, scenario.before, scenario.keep)
 
 
-def crash_while_saving(run: Path, scenario: Scenario, at: AtComment | AtEffect) -> None:
+def crash_while_saving(run: Path, scenario: Scenario, *faults: AtComment | AtEffect) -> None:
     """Go on with the run until the place where it dies."""
     if not scenario.exchange:
         without_exchange()
-    arm(at, run)
+    for fault in faults:
+        arm(fault, run)
     train(run, scenario.now, scenario.keep)
 
 
@@ -204,9 +205,13 @@ def content(run: Path, record: CheckpointRecord) -> tuple[int, int]:
     return record.step, int(record.metrics["gen"])
 
 
-def assert_sound(run: Path) -> dict[str, list[CheckpointRecord]]:
+def assert_sound(run: Path, *, set_aside: bool = False) -> dict[str, list[CheckpointRecord]]:
     """
     Everything that must hold of a run that was opened after a crash.
+
+    Args:
+        run: The run directory.
+        set_aside: Whether recovery was to put something aside for inspection.
 
     Returns:
         The live checkpoints by series, oldest first.
@@ -215,22 +220,26 @@ def assert_sound(run: Path) -> dict[str, list[CheckpointRecord]]:
     with Journal.open_read_only(rundir.journal_path) as journal:
         rows = journal.checkpoints()
         files = {row.id: journal.files(row.id) for row in rows}
-        assert recovery.preview(journal, rundir).actions == (), "recovery left something to do"
+        left = recovery.preview(journal, rundir).actions
 
-    # No row in between, no directory but those of live checkpoints.
+    # No row in between, no directory but those of live checkpoints, nothing left for another recovery.
     assert [row for row in rows if row.is_in_flight] == []
     assert [row for row in rows if row.retire_started_at and not row.retired_at] == []
     live: dict[str, list[CheckpointRecord]] = {}
     for row in sorted((row for row in rows if row.is_live), key=lambda row: row.commit_seq or 0):
         live.setdefault(row.series, []).append(row)
+    aside = set()
     for series in NAMES:
         there = rundir.listing([series])
         mine = live.get(series, [])
-        assert {item.path for item in there if item.kind is not FoundKind.LINK} == {row.directory for row in mine}
+        aside |= {item.path for item in there if item.kind is FoundKind.QUARANTINED}
+        names = {item.path for item in there if item.kind is not FoundKind.LINK}
+        assert names - aside == {row.directory for row in mine}
         if series == "hf" and mine:
             assert os.readlink(run / "hf" / "hf-latest") == Path(mine[-1].directory).name
-    scratch = [path.name for path in run.iterdir() if path.name.endswith(".new")]
-    assert scratch == []
+    assert bool(aside) == set_aside
+    assert {getattr(action, "path", action) for action in left} == aside
+    assert [path.name for path in run.iterdir() if path.name.endswith(".new")] == []
 
     # COMMITTED: every byte is what was recorded, and loads as what was saved.
     for row in (row for mine in live.values() for row in mine):
@@ -238,7 +247,8 @@ def assert_sound(run: Path) -> dict[str, list[CheckpointRecord]]:
         assert (manifest.attempt, digest) == (row.id, row.manifest_digest)
         assert sorted(manifest.files, key=lambda file: file.path) == files[row.id]
         assert rundir.verify(row.directory, files[row.id], digests=True) == ()
-        on_disk = {p.relative_to(run / row.directory).as_posix() for p in (run / row.directory).rglob("*") if p.is_file()}
+        folder = run / row.directory
+        on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert on_disk == {file.path for file in files[row.id]} | {"ckptmgr.json"}
         content(run, row)
 
@@ -248,19 +258,33 @@ def assert_sound(run: Path) -> dict[str, list[CheckpointRecord]]:
             continue
         mine = live.get(series, [])
         assert mine, f"{series} had an acknowledged checkpoint and has none now"
-        acknowledged = [
-            row for row in rows if (row.series, row.step, row.metrics.get("gen")) == (series, step, gen) and row.committed_at
-        ]
-        assert acknowledged, f"{series} step {step} gen {gen} was acknowledged and is not COMMITTED"
-        newest = max(acknowledged, key=lambda row: row.commit_seq or 0)
-        assert newest.is_live or (mine[-1].commit_seq or 0) > (newest.commit_seq or 0)
+        of_save = [row for row in rows if (row.series, row.step, row.metrics.get("gen")) == (series, step, gen)]
+        newest = max((row.commit_seq for row in of_save if row.commit_seq), default=0)
+        assert newest, f"{series} step {step} gen {gen} was acknowledged and is not COMMITTED"
+        assert (mine[-1].commit_seq or 0) >= newest
     return live
 
 
-def check(run: Path, *, saves_on: bool = True) -> None:
-    """Open the run after a crash; everything holds, what is newest loads in place, and the next save works."""
+def check(run: Path, twice: bool = False, set_aside: bool = False) -> None:
+    """
+    Open the run after a crash; everything holds, what is newest loads in place, and the next save works.
+
+    Args:
+        run: The run directory.
+        twice: Start again before that save, and see that a second recovery does nothing.
+        set_aside: Whether recovery was to put something aside for inspection.
+    """
+    used = sorted({series for _, series, _, _ in notes(run)} or {"dcp"})
+    if twice:
+        with manager(run):
+            pass
+        before = tree(run), rows(run)
+        with contextlib.closing(Again(run)) as again:
+            report = again.recover()
+        assert report.changes == ()
+        assert (tree(run), rows(run)) == before, "a second recovery changed something"
     with manager(run) as opened:
-        live = assert_sound(run)
+        live = assert_sound(run, set_aside=set_aside)
         meta = json.loads((run / "meta.json").read_text())
         for series in NAMES:
             assert meta[f"{series}_list"] == [row.directory for row in live.get(series, [])]
@@ -269,25 +293,18 @@ def check(run: Path, *, saves_on: bool = True) -> None:
         if newest := live.get("dcp", []):
             step, gen = newest[-1].step, int(newest[-1].metrics["gen"])
             assert chosen is not None
-            assert (chosen.step, resumed["at"], resumed["loader"].value) == (step, [step, gen], {"position": 7 * step + gen})
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(resumed["model"].parameters(), module(step, gen).parameters(), strict=True)
-            )
+            assert chosen.step == step
+            assert (resumed["at"], resumed["loader"].value) == ([step, gen], {"position": 7 * step + gen})
+            pairs = zip(resumed["model"].parameters(), module(step, gen).parameters(), strict=True)
+            assert all(torch.equal(mine, saved) for mine, saved in pairs)
         else:
             assert chosen is None
-    before = tree(run), rows(run)
-    with contextlib.closing(Again(run)) as again:
-        report = again.recover()
-
-    assert report.changes == ()
-    assert (tree(run), rows(run)) == before, "a second recovery changed something"
-    if saves_on:
-        series = sorted({series for _, series, _, _ in notes(run)} or {"dcp"})
-        train(run, tuple(Save(name, 50) for name in series))
-        live = assert_sound(run)
-        for name in series:
-            assert [row.step for row in live[name]] == [50]
+        for series in used:
+            pending = opened.save(50, state(series, 50, 0), series, metrics={"gen": 0})
+            assert pending is not None
+            pending.wait()
+        live = assert_sound(run, set_aside=set_aside)
+        assert {series: [row.step for row in live[series]] for series in used} == {series: [50] for series in used}
 
 
 class Again:

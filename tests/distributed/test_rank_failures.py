@@ -6,9 +6,9 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from rank_processes import Here, on_ranks, start_ranks
 from saving_ranks import assert_failed, hear_alike, manager_on, poll_until_failure, rows, timeouts
 
-from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed, WriterOptions
+from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed
+from ckptmgr.errors import InvalidArgument, RanksDisagree, RunLocked, SetupFailed
+from ckptmgr.rundir import RunDirectory
 
 HOST = socket.gethostname()
 
@@ -32,74 +34,60 @@ def _nothing_in_flight_on_disk(here: Here) -> None:
     assert not left, f"a failed save left {left}"
 
 
-@contextmanager
-def _stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def _fails_and_recovers(
-    here: Here, manager: CheckpointManager, step: int, victim: int, sabotage: Callable[[int], Callable[[], None]]
+    here: Here, manager: CheckpointManager, step: int, victim: int, sabotage: Callable[[int], Iterator[None]]
 ) -> SaveFailed:
     """
-    Save one that fails on *victim*, hear of it, save the next one, which commits.
+    Save one that fails on *victim*, hear of it alike, save the next one, which commits.
 
-    *sabotage* gets the pid of the victim's writer before the save and returns what to do after it.
+    *sabotage* gets the pid of the victim's writer; it yields where the save is called and where its failure is heard.
     """
-    after: Callable[[], None] = lambda: None  # noqa: E731
+    doing: Iterator[None] = iter(())
     if here.rank == victim:
         assert manager.writer_pid is not None
-        after = sabotage(manager.writer_pid)
+        doing = sabotage(manager.writer_pid)
+    next(doing, None)
     pending = manager.save(step, _state(here))
     assert pending is not None
-    after()
+    next(doing, None)
     failure = hear_alike(here, manager)
+    next(doing, None)
     assert (failure.series, failure.step) == ("checkpoint", step)
     assert [f.rank for f in failure.failures] == [victim]
     assert failure.failures[0].host == HOST
     assert pending.state is CheckpointState.FAILED
     manager.poll()  # told once, not again
-    good = manager.save(step + 1, _state(here))
-    assert good is not None
-    good.wait()
-    assert good.state is CheckpointState.COMMITTED
+    here.meet()
+    _commits(here, manager, step + 1)
     manager.poll()
     return failure
 
 
-def _kill_while_it_writes(pid: int) -> Callable[[], None]:
+def _commits(here: Here, manager: CheckpointManager, step: int) -> None:
+    good = manager.save(step, _state(here))
+    assert good is not None
+    good.wait()
+    assert good.state is CheckpointState.COMMITTED
+
+
+def _kill_while_it_writes(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
-
-    def kill() -> None:
-        # A writer that dies idle is replaced without a word; this one must have its job.
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)
-
-    return kill
+    yield
+    # A writer that dies idle is replaced without a word; this one must have its job.
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
 
 
-def _let_it_hang(pid: int) -> Callable[[], None]:
+def _let_it_hang(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
-    return lambda: None
+    yield
 
 
-def _no_room(pid: int) -> Callable[[], None]:
+def _no_room(pid: int) -> Iterator[None]:
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    # The limit holds until the writer has met it: lift it once the failed file is reported.
-    return lambda: _lift_later(pid, before)
-
-
-def _lift_later(pid: int, before: tuple[int, int]) -> None:
-    import threading
-
-    def lift() -> None:
-        time.sleep(1.0)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
-
-    threading.Thread(target=lift).start()
+    yield
+    yield
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 @on_ranks(2)
@@ -130,7 +118,8 @@ def test_with_four_ranks_the_failed_one_is_named_and_all_hear_at_the_same_poll(h
 @on_ranks(2)
 def test_a_writer_that_hangs_is_ended_after_write_s(here: Here) -> None:
     with manager_on(here, wait=timeouts(write_s=1.0)) as manager:
-        for step, victim in ((1, 1), (11, 0)):
+        # The first save of a series has the writer map its memory, later ones do not: both waits must end.
+        for step, victim in ((1, 1), (11, 0), (21, 1)):
             before = manager.writer_pid
             failure = _fails_and_recovers(here, manager, step, victim, _let_it_hang)
             assert "did not answer within 1 s" in failure.failures[0].cause
@@ -147,7 +136,6 @@ def test_a_full_disk_on_one_rank_fails_the_save_there_and_nothing_is_published(h
             failure = _fails_and_recovers(here, manager, step, victim, _no_room)
             assert "File too large" in failure.failures[0].cause
             assert f"__{victim}_0.distcp" in failure.failures[0].cause, "the cause names the file"
-            time.sleep(1.0)
     if here.is_leader:
         assert_failed(rows(here)[1], 1, "File too large", HOST)
         assert sorted(path.name for path in (here.run_dir / "checkpoint").iterdir()) == ["step-12", "step-2"]
@@ -158,43 +146,35 @@ class _Unsafe:
 
 
 @on_ranks(2)
-def test_a_value_that_one_rank_cannot_store_fails_the_save_with_that_rank(here: Here) -> None:
+def test_a_value_that_one_rank_cannot_store_is_refused_on_every_rank(here: Here) -> None:
     with manager_on(here) as manager:
-        state = _state(here)
-        state["own"] = PerRank(_Unsafe() if here.rank == 1 else 0)
-        manager.save(1, state)
-        failure = hear_alike(here, manager)
-        assert [f.rank for f in failure.failures] == [1]
-        assert "cannot be stored safely" in failure.failures[0].cause
-        good = manager.save(2, _state(here))
-        assert good is not None
-        good.wait()
+        for step, name in ((1, "own"), (2, "step")):
+            state = _state(here)
+            if here.rank == 1:
+                state[name] = PerRank(_Unsafe()) if name == "own" else _Unsafe()
+            with pytest.raises(InvalidArgument, match="cannot be stored safely"):
+                manager.save(step, state)
+        _commits(here, manager, 1)
     if here.is_leader:
-        assert_failed(rows(here)[1], 1, "cannot be stored safely", HOST)
+        assert len(rows(here)) == 1, "a refused save leaves no row"
 
 
 @on_ranks(2)
 def test_a_state_that_one_rank_cannot_take_is_refused_on_every_rank_and_leaves_no_row(here: Here) -> None:
-    from ckptmgr.errors import InvalidArgument
-
     with manager_on(here) as manager:
         bad: dict[Any, Any] = _state(here)
         if here.rank == 1:
             bad[7] = "no text for a name"
         with pytest.raises(InvalidArgument, match="the name 7"):
             manager.save(1, bad)
-        good = manager.save(1, _state(here))
-        assert good is not None
-        good.wait()
+        _commits(here, manager, 1)
     if here.is_leader:
         assert len(rows(here)) == 1
 
 
 def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
     with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0)) as manager:
-        first = manager.save(1, _state(here))
-        assert first is not None
-        first.wait()
+        _commits(here, manager, 1)
         assert manager.writer_pid is not None
         if here.rank == victim:
             # Its writer stops first, so that the trainer cannot have reported when it stops too.
@@ -204,9 +184,7 @@ def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
             here.tell("victim", [os.getpid(), manager.writer_pid])
         count, failure = poll_until_failure(here, manager)
         here.meet()
-        good = manager.save(3, _state(here))
-        assert good is not None
-        good.wait()
+        _commits(here, manager, 3)
         manager.poll()
         return [count, [[f.rank, f.host, f.cause, f.silent] for f in failure.failures]]
 
@@ -266,9 +244,7 @@ def test_a_silent_rank_takes_no_other_along_even_where_reports_are_long(tmp_path
 
 def _leader_stops(here: Here) -> list[Any]:
     with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0, collective_s=12.0), on_failure="warn") as manager:
-        first = manager.save(1, _state(here))
-        assert first is not None
-        first.wait()
+        _commits(here, manager, 1)
         if here.is_leader:
             assert manager.writer_pid is not None
             os.kill(manager.writer_pid, signal.SIGSTOP)
@@ -282,9 +258,7 @@ def _leader_stops(here: Here) -> list[Any]:
         except SaveFailed as failure:
             outcome = f"FAILED {[[f.rank, f.silent] for f in failure.failures]}"
         here.meet()
-        good = manager.save(3, _state(here))
-        assert good is not None
-        good.wait()
+        _commits(here, manager, 3)
         return [outcome]
 
 
@@ -303,9 +277,7 @@ def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_
 def _one_trainer_dies(here: Here) -> list[Any]:
     manager = manager_on(here, wait=timeouts(close_on_error_s=3.0))
     with pytest.raises(SaveFailed) as caught, manager:
-        first = manager.save(1, _state(here))
-        assert first is not None
-        first.wait()
+        _commits(here, manager, 1)
         assert manager.writer_pid is not None
         if here.rank == 1:
             os.kill(manager.writer_pid, signal.SIGSTOP)
@@ -315,11 +287,13 @@ def _one_trainer_dies(here: Here) -> list[Any]:
             here.tell("writer", manager.writer_pid)
             os.kill(os.getpid(), signal.SIGKILL)
         began = time.monotonic()
-        poll_until_failure(here, manager, 15.0)
+        _, failure = poll_until_failure(here, manager, 15.0)
+        took = time.monotonic() - began
+        raise failure
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    return [time.monotonic() - began, [[f.rank, f.silent] for f in caught.value.failures]]
+    return [took, [[f.rank, f.silent] for f in caught.value.failures]]
 
 
 def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_path: Path) -> None:
@@ -336,14 +310,10 @@ def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_
 
 @on_ranks(2)
 def test_one_rank_that_leaves_on_an_exception_does_not_hang_the_others(here: Here) -> None:
-    from ckptmgr.errors import RanksDisagree
-
     began = time.monotonic()
     expected = ZeroDivisionError if here.rank == 1 else RanksDisagree
     with pytest.raises(expected), manager_on(here) as manager:
-        first = manager.save(1, _state(here))
-        assert first is not None
-        first.wait()
+        _commits(here, manager, 1)
         if here.rank == 1:
             raise ZeroDivisionError
         manager.save(2, _state(here))
@@ -352,8 +322,6 @@ def test_one_rank_that_leaves_on_an_exception_does_not_hang_the_others(here: Her
 
 @on_ranks(2)
 def test_ranks_that_save_different_things_are_told_so_and_can_go_on(here: Here) -> None:
-    from ckptmgr.errors import RanksDisagree
-
     with manager_on(here) as manager:
         state = {"t": torch.zeros(4)}
         with pytest.raises(RanksDisagree) as caught:
@@ -375,8 +343,6 @@ def test_ranks_that_save_different_things_are_told_so_and_can_go_on(here: Here) 
 
 @on_ranks(2)
 def test_a_rank_that_does_not_come_to_save_is_an_error_in_time(here: Here) -> None:
-    from ckptmgr.errors import RanksDisagree
-
     manager = manager_on(here, wait=timeouts(collective_s=1.5))
     began = time.monotonic()
     if here.rank == 0:
@@ -389,9 +355,6 @@ def test_a_rank_that_does_not_come_to_save_is_an_error_in_time(here: Here) -> No
 
 @on_ranks(2)
 def test_a_lock_that_is_held_is_the_same_error_on_every_rank(here: Here) -> None:
-    from ckptmgr.errors import RunLocked
-    from ckptmgr.rundir import RunDirectory
-
     other = RunDirectory(here.run_dir)
     if here.is_leader:
         other.acquire("another trainer")
@@ -406,10 +369,6 @@ def test_a_lock_that_is_held_is_the_same_error_on_every_rank(here: Here) -> None
 
 @on_ranks(2)
 def test_a_writer_that_cannot_start_on_one_rank_fails_the_constructor_with_that_rank_named(here: Here) -> None:
-    import sys
-
-    from ckptmgr.errors import SetupFailed
-
     real = sys.executable
     if here.rank == 1:
         sys.executable = "/nonexistent/python"
@@ -424,39 +383,38 @@ def test_a_writer_that_cannot_start_on_one_rank_fails_the_constructor_with_that_
 
 @on_ranks(2)
 def test_a_failure_is_heard_by_the_next_save_and_by_close_too(here: Here) -> None:
-    with manager_on(here, on_failure="raise") as manager:
-        for step in (1, 11):
-            pid = manager.writer_pid
-            assert pid is not None
-            after = _kill_while_it_writes(pid) if here.rank == 1 else (lambda: None)
-            manager.save(step, _state(here))
-            after()
-            with pytest.raises(SaveFailed, match=f"step {step} failed"):
-                manager.save(step + 1, _state(here))
-        for_close = manager.writer_pid
-        manager.save(21, _state(here))
-    assert for_close is not None
     manager = manager_on(here)
+    for step, victim in ((1, 1), (11, 0)):
+        assert manager.writer_pid is not None
+        doing = _kill_while_it_writes(manager.writer_pid) if here.rank == victim else iter(())
+        next(doing, None)
+        manager.save(step, _state(here))
+        next(doing, None)
+        with pytest.raises(SaveFailed, match=f"step {step} failed"):
+            manager.save(step + 1, _state(here))
+        _commits(here, manager, step + 2)
     assert manager.writer_pid is not None
-    after = _kill_while_it_writes(manager.writer_pid) if here.rank == 0 else (lambda: None)
+    doing = _kill_while_it_writes(manager.writer_pid) if here.rank == 1 else iter(())
+    next(doing, None)
     manager.save(31, _state(here))
-    after()
+    next(doing, None)
     with pytest.raises(SaveFailed, match="step 31 failed"):
         manager.close()
     manager.close()
     if here.is_leader:
-        assert sorted(rows(here)) == [1, 11, 21, 31], "a save that raises for an earlier one has not begun"
+        assert sorted(rows(here)) == [1, 3, 11, 13, 31], "a save that raises for an earlier one has not begun"
 
 
 @on_ranks(2)
-def test_waiting_raises_the_same_failure_once_on_every_rank(here: Here) -> None:
-    with manager_on(here, writers=WriterOptions(nice=0)) as manager:
+def test_waiting_raises_the_same_failure_on_every_rank_and_poll_does_not_repeat_it(here: Here) -> None:
+    with manager_on(here) as manager:
         assert manager.writer_pid is not None
-        after = _kill_while_it_writes(manager.writer_pid) if here.rank == 1 else (lambda: None)
+        doing = _kill_while_it_writes(manager.writer_pid) if here.rank == 1 else iter(())
+        next(doing, None)
         pending = manager.save(1, _state(here))
         assert pending is not None
         assert not pending.done()
-        after()
+        next(doing, None)
         with pytest.raises(SaveFailed) as caught:
             pending.wait()
         assert here.everyone("rank", [f.rank for f in caught.value.failures]) == [[1], [1]]

@@ -109,7 +109,8 @@ class Killed:
 
     record: CheckpointRecord
     step: int
-    bytes_on_disk: int
+    bytes_written: int
+    bytes_of_files: int
     writers: int
     writers_left: int
     writers_gone_s: float
@@ -197,7 +198,7 @@ class Job:
         moment has passed by then, they go on and the next save is tried.
 
         Args:
-            state: PREWRITTEN, WRITING (then bytes must be on disk, too) or GATHERED.
+            state: PREWRITTEN, WRITING (then bytes must have been written, too) or GATHERED.
             journal_path: The run's journal, only read.
             progress: Called now and then.
         """
@@ -213,7 +214,7 @@ class Job:
                         raise DemoFailed(f"the job ended before a checkpoint was seen {state}")
                     continue
                 self.send(signal.SIGSTOP)
-                written = bytes_on_disk(run / record.staging_directory)
+                written, size = bytes_written(run / record.staging_directory)
                 now = second_look.submit(_newest, journal)
                 # Rank 0 may have been stopped inside a transaction; it must go on before anyone can look.
                 with contextlib.suppress(TimeoutError):
@@ -227,7 +228,7 @@ class Job:
             time.sleep(0.001)
         gone_s = time.monotonic() - killed
         steps = self.events("step")
-        return Killed(record, steps[-1]["step"] if steps else 0, written, len(writers), left, gone_s)
+        return Killed(record, steps[-1]["step"] if steps else 0, written, size, len(writers), left, gone_s)
 
     @contextlib.contextmanager
     def _journal(self, path: Path, progress: Callable[[Job], None]) -> Iterator[Journal]:
@@ -267,13 +268,24 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Bytes of disk space that the files below *folder* take."""
-    total = 0
+def bytes_written(folder: Path) -> tuple[int, int]:
+    """Bytes below *folder* that have been written, and that the files there will have."""
+    written = size = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_blocks * 512
-    return total
+        if path.is_file():
+            with path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                size += end
+                # Space that is only reserved counts as a hole.
+                hole = 0
+                while hole < end:
+                    try:
+                        data = file.seek(hole, os.SEEK_DATA)
+                    except OSError:  # no data after this
+                        break
+                    hole = file.seek(data, os.SEEK_HOLE)
+                    written += hole - data
+    return written, size
 
 
 # -- the demonstration ------------------------------------------------------------------------------
@@ -453,9 +465,7 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def say_command(screen: Screen, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run the command line tool and print command and output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptmgr", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "ckptmgr", *arguments], capture_output=True, text=True, check=False)
     screen.say(f"$ ckptmgr {' '.join(arguments)}\n{(done.stdout + done.stderr).rstrip()}", indent=4)
     return done
 
@@ -465,7 +475,7 @@ def killed_in_words(killed: Killed) -> str:
     record = killed.record
     return (
         f"killed after step {killed.step}; {record.series} step {record.step} was {record.state}, "
-        f"with {killed.bytes_on_disk / 1e6:.1f} MB in {record.staging_directory}"
+        f"{killed.bytes_written / 1e6:.1f} of {killed.bytes_of_files / 1e6:.1f} MB written to {record.staging_directory}"
     )
 
 
@@ -532,13 +542,17 @@ def main(arguments: Sequence[str]) -> int:
         screen.say("interrupted")
         return 130
     for claim in claims:
-        screen.say(f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}" + (f"  ({claim.figures})" * bool(claim.figures)))
+        screen.say(
+            f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}" + (f"  ({claim.figures})" * bool(claim.figures))
+        )
     screen.say()
     screen.say(figures(options.into))
     screen.say()
     good = all(claim.holds for claim in claims)
     verdict = "every claim holds" if good else "NOT every claim holds"
-    screen.say(f"{verdict}; {time.monotonic() - started:.0f} s. Look around: ckptmgr ls {options.into}/interrupted --all")
+    screen.say(
+        f"{verdict}; {time.monotonic() - started:.0f} s. Look around: ckptmgr ls {options.into}/interrupted --all"
+    )
     return 0 if good else 1
 
 

@@ -148,7 +148,9 @@ class ByteLoader:
 def standard_library() -> torch.Tensor:
     """The bytes of the standard library's top-level modules, in the order of their names."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))), dtype=torch.uint8
+    )
 
 
 # -- what demo.py compares --------------------------------------------------------------------------

@@ -80,9 +80,7 @@ def text_inputs(model: transformers.PreTrainedModel, options: argparse.Namespace
     """The same token ids on every machine, none of them special."""
     config = model.config.get_text_config()
     special = {
-        value
-        for key, value in model.config.to_dict().items()
-        if key.endswith("_token_id") and isinstance(value, int)
+        value for key, value in model.config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)
     }
     usable = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
     chosen = torch.arange(options.batch * options.length) * 7919 % len(usable)

@@ -1,0 +1,150 @@
+"""
+The crash ledger: for every ``# Crash here:`` comment of the product, what a crash there leaves and what becomes of it.
+
+``test_crash_ledger.py`` lives through every row, and holds rows and comments together.
+docs/explanation/crash-ledger.md tells the same in prose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from child_process import AtComment
+
+EVERY = ("first", "steady", "overwrite", "overwrite-aside")
+#: What differs between the last two is publishing; before it one of them is enough.
+UNPUBLISHED = ("first", "steady", "overwrite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """
+    What a crash while saving leaves, and how it ends.
+
+    Args:
+        at: The comment.
+        state: The row of the attempt that was under way.
+        new: Where its directory is: ``nowhere``, ``staging`` or ``final``.
+        then: What recovery makes of the row.
+        old: Where the checkpoint is that it lets go or replaces, if not under its final name, by scenario.
+        scenarios: In which the place is reached.
+        fails: The save is to fail for another reason first.
+    """
+
+    at: AtComment
+    state: str
+    new: str
+    then: str
+    old: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scenarios: tuple[str, ...] = UNPUBLISHED
+    fails: bool = False
+
+
+def _left(comment: str, *facts: str, **more: object) -> Left:
+    return Left(AtComment(comment), *facts, **more)  # type: ignore[arg-type]
+
+
+_ASIDE = {"overwrite": "retired", "overwrite-aside": "retired"}
+
+SAVING = (
+    _left("PREWRITTEN without a staging directory", "PREWRITTEN", "nowhere", "FAILED"),
+    _left("PREWRITTEN with an empty staging directory", "PREWRITTEN", "staging", "FAILED"),
+    _left("PREWRITTEN with metadata in the staging directory", "PREWRITTEN", "staging", "FAILED"),
+    _left("WRITING with no rank's bytes", "WRITING", "staging", "FAILED"),
+    Left(
+        AtComment("WRITING with files whose names may not be durable yet", in_writer=True),
+        "WRITING",
+        "staging",
+        "FAILED",
+    ),
+    _left("WRITING with every byte in the staging directory", "WRITING", "staging", "FAILED"),
+    _left("WRITING with a durable manifest", "WRITING", "staging", "FAILED"),
+    _left("WRITING without its staging directory", "WRITING", "nowhere", "FAILED", fails=True),
+    _left("GATHERED with a complete staging directory", "GATHERED", "staging", "COMMITTED"),
+    Left(
+        AtComment("GATHERED with the old directory set aside"),
+        "GATHERED",
+        "staging",
+        "COMMITTED",
+        old={"overwrite-aside": "retired"},
+        scenarios=("overwrite-aside",),
+    ),
+    Left(
+        AtComment("GATHERED with a published directory"),
+        "GATHERED",
+        "final",
+        "COMMITTED",
+        old={"overwrite": "the new one's staging", "overwrite-aside": "retired"},
+        scenarios=EVERY,
+    ),
+    _left("GATHERED and published durably", "GATHERED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY),
+    _left("COMMITTED with a stale meta.json and link", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY),
+    _left(
+        "COMMITTED and retiring under its final name", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY[1:]
+    ),
+    Left(
+        AtComment("the row says retiring, the directory has its retired name"),
+        "COMMITTED",
+        "final",
+        "COMMITTED",
+        old={"steady": "retired"},
+        scenarios=("steady",),
+    ),
+    _left(
+        "the directory is gone, the row still says retiring",
+        "COMMITTED",
+        "final",
+        "COMMITTED",
+        old=dict.fromkeys(EVERY[1:], "nowhere"),
+        scenarios=EVERY[1:],
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """
+    A crash while saving, and another while the next start recovers.
+
+    Args:
+        at: The comment at which recovery dies.
+        first: The comment at which the save died.
+        scenario: What was being saved.
+        damage: Which copy of the new checkpoint loses a byte in between: ``staging``, ``final`` or none.
+        then: What becomes of the attempt.
+    """
+
+    at: AtComment
+    first: AtComment
+    scenario: str
+    then: str
+    damage: str = ""
+
+
+def _twice(comment: str, first: str, *facts: str) -> Twice:
+    return Twice(AtComment(comment), AtComment(first), *facts)
+
+
+RECOVERING = (
+    _twice("as before, but of this epoch", "WRITING with every byte", "steady", "FAILED"),
+    _twice("as before, but of this epoch", "GATHERED with a complete", "overwrite", "COMMITTED"),
+    _twice("in flight without a directory", "WRITING with every byte", "overwrite", "FAILED"),
+    _twice("GATHERED and published; ", "GATHERED with a complete", "first", "COMMITTED"),
+    _twice("GATHERED and published; ", "GATHERED with a complete", "overwrite", "COMMITTED"),
+    _twice("GATHERED and published; ", "GATHERED with the old", "overwrite-aside", "COMMITTED"),
+    _twice("retiring, and nothing of it on disk", "COMMITTED and retiring", "steady", "COMMITTED"),
+    _twice("retiring, and nothing of it on disk", "GATHERED and published durably", "overwrite", "COMMITTED"),
+    _twice("GATHERED without any copy", "GATHERED with a complete", "steady", "FAILED", "staging"),
+    _twice("GATHERED without any copy", "GATHERED and published durably", "first", "FAILED", "final"),
+    _twice(
+        "a live checkpoint stands aside and its name is free", "GATHERED and published durably", "overwrite", "FAILED", "final"
+    ),
+)
+
+#: Rebuilding a lost journal; each has a test of its own.
+REBUILDING = (
+    AtComment("the first checkpoints are in the journal, in order"),
+    AtComment("no journal; rebuilding again starts anew"),
+    AtComment("the next rebuild moves the other"),
+)

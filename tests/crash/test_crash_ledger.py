@@ -1,0 +1,122 @@
+"""Every row of the crash ledger: die exactly there, look at what is left, start again, and again."""
+
+from __future__ import annotations
+
+import errno
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import crash_run
+import pytest
+from child_process import AtEffect, comments
+from crash_run import NAMES, as_left, copy_of, scenarios
+from ledger import REBUILDING, RECOVERING, SAVING, Left, Twice
+
+import ckptmgr
+from ckptmgr.journal import Journal
+from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.recovery import Found
+from ckptmgr.rundir import RunDirectory
+
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
+
+
+PACKAGE = Path(ckptmgr.__file__).parent
+
+
+def label(row: Left | Twice) -> str:
+    words = "-".join("".join(c for c in word if c.isalnum()) for word in row.at.comment.split())
+    return f"{words}-{row.scenario}" if isinstance(row, Twice) else words
+
+
+def test_every_crash_comment_has_a_row_and_every_row_a_comment():
+    there = comments(PACKAGE)
+    told = [at.comment for at in [row.at for row in (*SAVING, *RECOVERING)] + list(REBUILDING)]
+
+    assert [text for text in there if not any(text.startswith(start) for start in told)] == []
+    for start in told:
+        assert len([text for text in there if text.startswith(start)]) == 1, start
+
+
+def test_the_crash_ledger_page_tells_every_comment():
+    page = " ".join((DOCS / "crash-ledger.md").read_text().split())
+
+    assert [text for text in comments(PACKAGE) if text.partition(";")[0].rstrip(".") not in page] == []
+
+
+def find(run: Path) -> list[Found]:
+    return RunDirectory(run).listing(NAMES)
+
+
+def where(record: CheckpointRecord, found: list[Found], newest: CheckpointRecord) -> str:
+    """Where an attempt's directory stands."""
+    places = {
+        record.directory: "final",
+        record.retired_directory: "retired",
+        record.staging_directory: "staging",
+        newest.staging_directory: "the new one's staging",
+    }
+    names = [
+        places[item.path]
+        for item in found
+        if item.path in places
+        and (item.holds == record.id or (item.path == record.staging_directory and item.holds is None))
+    ]
+    assert len(names) <= 1, names
+    return names[0] if names else "nowhere"
+
+
+@pytest.mark.parametrize("series", NAMES)
+@pytest.mark.parametrize("row", SAVING, ids=label)
+def test_crash_while_saving(forks, prepared, tmp_path, row: Left, series: str):
+    def live_through(scenario: str) -> None:
+        facts = scenarios(series)[scenario]
+        run = prepared(facts, tmp_path / scenario)
+        # That it fails first: its first file cannot be created.
+        faults = (AtEffect(1, error=errno.EIO, in_writer=True),) if row.fails else ()
+        forks.crash(crash_run.crash_while_saving, run, facts, row.at, *faults)
+        rows, _ = as_left(run)
+        new, found = rows[-1], find(run)
+
+        assert new.state == row.state
+        assert where(new, found, new) == row.new
+        if facts.before:
+            old = rows[0]
+            assert old.state == "COMMITTED"
+            assert where(old, found, new) == row.old.get(scenario, "final")
+
+        forks.do(crash_run.recover_once, run)
+        recovered = as_left(run)[0][-1]
+        assert recovered.state == row.then
+        assert bool(recovered.reason) == (row.then == "FAILED")
+        forks.do(crash_run.check, run, True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(live_through, row.scenarios))
+
+
+@pytest.mark.parametrize("series", NAMES)
+@pytest.mark.parametrize("row", RECOVERING, ids=label)
+def test_crash_while_recovering(forks, prepared, tmp_path, row: Twice, series: str):
+    facts = scenarios(series)[row.scenario]
+    run = prepared(facts, tmp_path / "run")
+    forks.crash(crash_run.crash_while_saving, run, facts, row.first)
+    new = as_left(run)[0][-1]
+    if row.damage:
+        folder = run / (new.directory if row.damage == "final" else new.staging_directory)
+        victim = max((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+    uninterrupted = copy_of(run, tmp_path / "uninterrupted")
+    forks.crash(crash_run.crash_while_recovering, run, row.at)
+    forks.do(crash_run.recover_once, run)
+    forks.do(crash_run.recover_once, uninterrupted)
+
+    assert as_left(run)[0][-1].state == row.then
+    assert names_of(run) == names_of(uninterrupted)
+    forks.do(crash_run.check, run, True, bool(row.damage))
+
+
+def names_of(run: Path) -> set[str]:
+    return as_left(run)[1]
