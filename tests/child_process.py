@@ -41,6 +41,8 @@ from typing import Any, NoReturn
 
 #: The status of a child that reached the place where it was to die.
 CRASHED = 73
+#: The same of one whose writer process reached it and took its trainer along.
+KILLED = -signal.SIGKILL
 _IN_WRITER = "CKPTMGR_TEST_IN_WRITER"
 
 
@@ -105,11 +107,11 @@ class ForkServer:
 
         assert ended.status == 0, f"status {ended.status}\n{ended.output}"
 
-    def crash(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> Ended:
+    def crash(self, function: Callable[..., Any], *args: Any, by: int = CRASHED, timeout_s: float = 60) -> Ended:
         """Call *function* in a child that must reach the place where it dies, and take its writer along."""
         ended = self.run(function, *args, timeout_s=timeout_s)
 
-        assert ended.status == CRASHED, f"the child did not die where it should: {ended.status}\n{ended.output}"
+        assert ended.status == by, f"the child did not die where it should: {ended.status}\n{ended.output}"
         assert_no_writer_of(ended.pid)
         return ended
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptmgr.journal.store import Journal, Verification
+    from ckptmgr.journal.questions import Verification
+    from ckptmgr.journal.store import Journal
 
 __all__ = ["Journal", "Verification"]
 
@@ -18,6 +19,6 @@ __all__ = ["Journal", "Verification"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptmgr.journal import store
+    from ckptmgr.journal import questions, store
 
-    return getattr(store, name)
+    return getattr(store if name == "Journal" else questions, name)

@@ -1,27 +1,23 @@
 """
-`Journal`: every sentence one may say to the database.
+`Journal`: every change one may make to the database. What one may ask stands in `questions`.
 
 One public method is one transaction. When a method that changes something returns, the change is
 on disk, synced; when it raises, nothing has changed (or the message says that this is not known).
 Only rank 0's manager process writes, and only under the run lock; the epoch in every change keeps
 out a writer that lost the lock without noticing. Times are Unix seconds, sizes bytes, durations
 seconds, directories relative to the run directory.
-
-Longer than 500 lines because the sentences belong together: each guards a rule of another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Select, and_, func, insert, select, text, update
+from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from ckptmgr.errors import (
@@ -36,71 +32,33 @@ from ckptmgr.errors import (
     StepAlreadySaved,
 )
 from ckptmgr.journal import database, schema, upgrade
+from ckptmgr.journal.questions import Questions, in_flight, live, newest_epoch, not_found, scalar
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, run, transition, verification
 from ckptmgr.lifecycle import (
     TRANSITIONS,
     CheckpointRecord,
     CheckpointState,
-    EpochRecord,
     Format,
     RetirementMark,
-    TransitionRecord,
 )
 from ckptmgr.manifest import FileEntry, Manifest, is_plain_relative
 
-T = TypeVar("T")
 COMMITTED, FAILED, GATHERED = CheckpointState.COMMITTED, CheckpointState.FAILED, CheckpointState.GATHERED
 _LEGAL = {
     (source, row["dest"])
     for row in TRANSITIONS
     for source in (row["source"] if isinstance(row["source"], list) else [row["source"]])
 }
-_STATES = {state.value: state for state in CheckpointState}
-_FORMATS = {layout.value: layout for layout in Format}
-
-_newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
 _newest_id = select(func.coalesce(func.max(checkpoint.c.id), 0))
 _newest_commit_seq = select(func.coalesce(func.max(checkpoint.c.commit_seq), 0))
-_live = text(schema.LIVE)
-_in_flight = text(schema.IN_FLIGHT)
-_checkpoints = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
-    pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
-)
 
 
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """That the files of a committed checkpoint were compared with the journal: sizes, or digests too."""
-
-    id: int
-    checkpoint_id: int
-    at: float
-    level: str
-    ok: bool
-    mismatches: tuple[str, ...]
-
-
-class Journal:
+class Journal(Questions):
     """
     What happened to every checkpoint of one run, and what may be done with each.
 
     Made by `open` or `open_read_only`. Threads may share one; a forked child may not use it.
-
-    Attributes:
-        path: The journal's one name: absolute, links in its folders resolved.
-        run_id: Which run this is: 32 hex digits, drawn when the journal was created.
-        read_only: Whether it was opened with `open_read_only`.
     """
-
-    path: Path
-    run_id: str
-    read_only: bool
-
-    def __init__(self, opened: database.Database, run_id: str) -> None:
-        self._database = opened
-        self.path = opened.path
-        self.read_only = opened.read_only
-        self.run_id = run_id
 
     @classmethod
     def open(cls, path: Path) -> Journal:
@@ -154,18 +112,6 @@ class Journal:
             raise
         return cls(opened, str(run_id))
 
-    def close(self) -> None:
-        """Let go of the file. Idempotent."""
-        self._database.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # The run and its epochs
 
     def set_run_id(self, run_id: str) -> None:
@@ -194,7 +140,7 @@ class Journal:
             versions: Versions that matter, by package.
         """
         with self._database.writing() as connection:
-            number = _scalar(connection, _newest_epoch) + 1
+            number = scalar(connection, newest_epoch) + 1
             connection.execute(
                 insert(epoch).values(
                     epoch=number,
@@ -214,28 +160,6 @@ class Journal:
             connection.execute(
                 update(table).where(table.c.epoch == epoch, table.c.ended_at.is_(None)).values(ended_at=time.time())
             )
-
-    def current_epoch(self) -> int:
-        """The newest epoch, the only one that may change anything; 0 before the first."""
-        with self._database.reading() as connection:
-            return _scalar(connection, _newest_epoch)
-
-    def epochs(self) -> list[EpochRecord]:
-        """Every start of a manager or of a command that changes the run, oldest first."""
-        with self._database.reading() as connection:
-            rows = connection.execute(select(epoch).order_by(epoch.c.epoch)).all()
-        return [
-            EpochRecord(
-                epoch=row.epoch,
-                started_at=row.started_at,
-                host=row.host,
-                pid=row.pid,
-                command=row.command,
-                versions=self._parsed(row.versions),
-                ended_at=row.ended_at,
-            )
-            for row in rows
-        ]
 
     # The life of a checkpoint
 
@@ -281,9 +205,7 @@ class Journal:
         now = time.time()
         with self._database.writing() as connection:
             self._require_epoch(connection, epoch, checkpoint_id=0)
-            busy = connection.execute(
-                select(checkpoint.c.step).where(checkpoint.c.series == series, _in_flight)
-            ).first()
+            busy = connection.execute(select(checkpoint.c.step).where(checkpoint.c.series == series, in_flight)).first()
             if busy is not None:
                 raise SaveInFlight(
                     f"series {series} has a save of step {busy.step} in flight",
@@ -293,7 +215,7 @@ class Journal:
                 )
             saved = connection.execute(
                 select(checkpoint.c.id, checkpoint.c.directory).where(
-                    checkpoint.c.series == series, checkpoint.c.step == step, _live
+                    checkpoint.c.series == series, checkpoint.c.step == step, live
                 )
             ).first()
             if saved is not None and not overwrite:
@@ -304,7 +226,7 @@ class Journal:
                     path=saved.directory,
                 )
             # Rows are never deleted, so the largest id is the largest attempt number ever used.
-            attempt = _scalar(connection, _newest_id) + 1
+            attempt = scalar(connection, _newest_id) + 1
             connection.execute(
                 insert(checkpoint).values(
                     id=attempt,
@@ -424,20 +346,20 @@ class Journal:
                 if before.overwrites is not None:
                     connection.execute(
                         update(checkpoint)
-                        .where(checkpoint.c.id == before.overwrites, _live)
+                        .where(checkpoint.c.id == before.overwrites, live)
                         .values(retire_started_at=now, retire_reason=f"overwritten by attempt {checkpoint_id}")
                     )
                 marks = [mark for mark in retire if mark.checkpoint_id != before.overwrites]
                 self._mark(connection, marks, now)
                 values["committed_at"] = now
-                values["commit_seq"] = _scalar(connection, _newest_commit_seq) + 1
+                values["commit_seq"] = scalar(connection, _newest_commit_seq) + 1
             moved = connection.execute(
                 update(checkpoint)
                 .where(
                     checkpoint.c.id == checkpoint_id,
                     checkpoint.c.state == source.value,
                     checkpoint.c.epoch == epoch,
-                    _newest_epoch.scalar_subquery() == epoch,
+                    newest_epoch.scalar_subquery() == epoch,
                 )
                 .values(state=dest.value, **values)
             )
@@ -463,7 +385,7 @@ class Journal:
             self._require_epoch(connection, epoch, checkpoint_id)
             taken = connection.execute(
                 update(checkpoint)
-                .where(checkpoint.c.id == checkpoint_id, _in_flight, _newest_epoch.scalar_subquery() == epoch)
+                .where(checkpoint.c.id == checkpoint_id, in_flight, newest_epoch.scalar_subquery() == epoch)
                 .values(epoch=epoch)
             )
             if taken.rowcount != 1:
@@ -530,7 +452,7 @@ class Journal:
             self._require_epoch(connection, epoch, checkpoint_id=0)
             there = connection.execute(
                 select(checkpoint.c.directory).where(
-                    checkpoint.c.series == manifest.series, checkpoint.c.step == manifest.step, _live
+                    checkpoint.c.series == manifest.series, checkpoint.c.step == manifest.step, live
                 )
             ).first()
             if there is not None:
@@ -542,7 +464,7 @@ class Journal:
                 )
             taken = connection.execute(select(checkpoint.c.id).where(checkpoint.c.id == manifest.attempt)).first()
             free = manifest.attempt >= 1 and taken is None
-            number = manifest.attempt if free else _scalar(connection, _newest_id) + 1
+            number = manifest.attempt if free else scalar(connection, _newest_id) + 1
             connection.execute(
                 insert(checkpoint).values(
                     id=number,
@@ -558,7 +480,7 @@ class Journal:
                     bytes=manifest.bytes,
                     manifest_digest=manifest_digest,
                     committed_at=committed_at,
-                    commit_seq=_scalar(connection, _newest_commit_seq) + 1,
+                    commit_seq=scalar(connection, _newest_commit_seq) + 1,
                     finished_at=committed_at,
                     metrics=_json(dict(manifest.metrics), "metrics"),
                     per_rank=_json(list(manifest.per_rank), "per_rank"),
@@ -579,99 +501,6 @@ class Journal:
             row = self._row(connection, number)
         return self._record(row)
 
-    # Questions
-
-    def checkpoints(self, *, series: str | None = None, live_only: bool = False) -> list[CheckpointRecord]:
-        """Every attempt in the order in which they began; *live_only*: those one may resume from."""
-        query = _checkpoints.order_by(checkpoint.c.id)
-        if series is not None:
-            query = query.where(checkpoint.c.series == series)
-        if live_only:
-            query = query.where(_live)
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [self._record(row) for row in rows]
-
-    def checkpoint(self, checkpoint_id: int) -> CheckpointRecord:
-        """
-        One attempt.
-
-        Raises:
-            CheckpointNotFound: There is no such attempt.
-        """
-        with self._database.reading() as connection:
-            row = self._row(connection, checkpoint_id)
-        return self._record(row)
-
-    def find(self, series: str, step: int) -> CheckpointRecord:
-        """
-        The live checkpoint of a step; if there is none, the newest attempt.
-
-        Raises:
-            CheckpointNotFound: The step was never begun.
-        """
-        query = (
-            _checkpoints.where(checkpoint.c.series == series, checkpoint.c.step == step)
-            .order_by(text(f"{schema.LIVE} DESC"), checkpoint.c.id.desc())
-            .limit(1)
-        )
-        with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise _not_found(series, step)
-        return self._record(row)
-
-    def files(self, checkpoint_id: int) -> list[FileEntry]:
-        """Every file of a gathered checkpoint, by path; an attempt that was never gathered has none."""
-        query = select(file.c.path, file.c.size, file.c.digest, file.c.rank).where(
-            file.c.checkpoint_id == checkpoint_id
-        )
-        with self._database.reading() as connection:
-            rows = connection.execute(query.order_by(file.c.path)).all()
-        return [FileEntry(*row) for row in rows]
-
-    def transitions(self, checkpoint_id: int | None = None, after_id: int = 0) -> list[TransitionRecord]:
-        """The history, oldest first: of one attempt or of all, only what came after line *after_id*."""
-        query = (
-            select(transition, checkpoint.c.series, checkpoint.c.step)
-            .join(checkpoint, checkpoint.c.id == transition.c.checkpoint_id)
-            .where(transition.c.id > after_id)
-            .order_by(transition.c.id)
-        )
-        if checkpoint_id is not None:
-            query = query.where(transition.c.checkpoint_id == checkpoint_id)
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [
-            TransitionRecord(
-                id=row.id,
-                checkpoint_id=row.checkpoint_id,
-                series=row.series,
-                step=row.step,
-                source=None if row.source is None else self._word(_STATES, row.source),
-                dest=self._word(_STATES, row.dest),
-                at=row.at,
-                epoch=row.epoch,
-                host=row.host,
-                pid=row.pid,
-                note=row.note,
-            )
-            for row in rows
-        ]
-
-    def series(self) -> list[str]:
-        """The names of all series seen, in the order of their first use."""
-        query = select(checkpoint.c.series).group_by(checkpoint.c.series).order_by(func.min(checkpoint.c.id))
-        with self._database.reading() as connection:
-            return list(connection.execute(query).scalars())
-
-    def decisions(self) -> dict[int, tuple[str, tuple[str, ...]]]:
-        """The last word of retention on each checkpoint it looked at: ("keep" or "drop", reasons)."""
-        table = retirement_decision.c
-        with self._database.reading() as connection:
-            rows = connection.execute(select(table.checkpoint_id, table.verdict, table.reasons)).all()
-        return {row.checkpoint_id: (row.verdict, tuple(self._parsed(row.reasons))) for row in rows}
-
     # Pins and verifications
 
     def pin(self, series: str, step: int, *, note: str = "") -> None:
@@ -685,10 +514,10 @@ class Journal:
         """
         with self._database.writing() as connection:
             found = connection.execute(
-                select(checkpoint.c.id).where(checkpoint.c.series == series, checkpoint.c.step == step, _live)
+                select(checkpoint.c.id).where(checkpoint.c.series == series, checkpoint.c.step == step, live)
             ).first()
             if found is None:
-                raise _not_found(series, step)
+                raise not_found(series, step)
             facts = {"note": note, "pinned_at": time.time()}
             connection.execute(
                 upsert(pin)
@@ -729,29 +558,10 @@ class Journal:
                 )
             )
 
-    def verifications(self, checkpoint_id: int) -> list[Verification]:
-        """Every comparison of a checkpoint's files with the journal, oldest first."""
-        table = verification.c
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
-            ).all()
-        return [
-            Verification(
-                id=row.id,
-                checkpoint_id=row.checkpoint_id,
-                at=row.at,
-                level=row.level,
-                ok=bool(row.ok),
-                mismatches=tuple(self._parsed(row.mismatches)),
-            )
-            for row in rows
-        ]
-
     # Within a transaction
 
     def _require_epoch(self, connection: Connection, number: int, checkpoint_id: int) -> None:
-        newest = _scalar(connection, _newest_epoch)
+        newest = scalar(connection, newest_epoch)
         if number != newest:
             raise StaleWriter(
                 f"epoch {number} may change nothing: the newest is {newest}",
@@ -762,7 +572,7 @@ class Journal:
 
     def _stale(self, connection: Connection, checkpoint_id: int, number: int) -> StaleWriter:
         row = self._row(connection, checkpoint_id)
-        newest = _scalar(connection, _newest_epoch)
+        newest = scalar(connection, newest_epoch)
         found = f"{row.state} in epoch {row.epoch}, the newest epoch is {newest}"
         return StaleWriter(
             f"checkpoint {checkpoint_id} is not as epoch {number} left it: {found}",
@@ -791,41 +601,6 @@ class Journal:
                 f"checkpoint {mark.checkpoint_id} (step {row.step} of {row.series}) cannot be retired: {why}",
                 hint="plan again from the journal as it is now",
             )
-
-    def _row(self, connection: Connection, checkpoint_id: int) -> Row[Any]:
-        row = connection.execute(_checkpoints.where(checkpoint.c.id == checkpoint_id)).first()
-        if row is None:
-            raise CheckpointNotFound(f"there is no checkpoint {checkpoint_id} in {self.path}", series="", step=None)
-        return row
-
-    # From rows to records
-
-    def _record(self, row: Row[Any]) -> CheckpointRecord:
-        facts = dict(row._mapping)
-        facts["pinned"] = bool(
-            facts.pop("has_pin") and facts["state"] == COMMITTED and facts["retire_started_at"] is None
-        )
-        facts["state"] = self._word(_STATES, facts["state"])
-        facts["format"] = self._word(_FORMATS, facts["format"])
-        facts["failures"] = tuple(self._parsed(facts["failures"]))
-        facts["metrics"] = self._parsed(facts["metrics"])
-        facts["per_rank"] = tuple(self._parsed(facts["per_rank"]))
-        return CheckpointRecord(**facts)
-
-    def _word(self, words: Mapping[str, T], word: str) -> T:
-        try:
-            return words[word]
-        except KeyError:
-            raise self._corrupt(f"unknown word {word!r}") from None
-
-    def _parsed(self, stored: str) -> Any:
-        try:
-            return json.loads(stored)
-        except ValueError as error:
-            raise self._corrupt(f"not JSON: {stored[:80]!r}") from error
-
-    def _corrupt(self, reason: str) -> JournalCorrupt:
-        return JournalCorrupt(f"{self.path} is damaged: {reason}", path=str(self.path), reason=reason)
 
 
 def _revision(path: Path, mode: database.Mode, *, thorough: bool = False) -> str | None:
@@ -880,10 +655,6 @@ def _decide(
         connection.execute(statement.on_conflict_do_update(index_elements=["checkpoint_id"], set_=new), rows)
 
 
-def _scalar(connection: Connection, query: Select[Any]) -> int:
-    return int(connection.execute(query).scalar_one())
-
-
 def _json(value: Any, what: str) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
@@ -900,7 +671,3 @@ def _number(value: int, what: str, least: int) -> int:
 def _require_plain(series: str) -> None:
     if not is_plain_relative(series) or "/" in series or series.startswith("."):
         raise InvalidArgument(f"{series!r} is no name for a series: it must be one plain directory name")
-
-
-def _not_found(series: str, step: int) -> CheckpointNotFound:
-    return CheckpointNotFound(f"there is no checkpoint of step {step} in series {series}", series=series, step=step)

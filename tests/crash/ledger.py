@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 from child_process import AtComment
 
-EVERY = ("first", "steady", "overwrite", "overwrite-aside")
-#: What differs between the last two is publishing; before it one of them is enough.
-UNPUBLISHED = ("first", "steady", "overwrite")
+#: Format and scenario. Before publishing nothing depends on which of them it is, so a few stand for all.
+UNPUBLISHED = ("dcp first", "dcp overwrite", "hf steady")
+PUBLISHED = tuple(f"{series} {how}" for series in ("dcp", "hf") for how in ("first", "steady", "overwrite", "overwrite-aside"))
+RETIRING = tuple(where for where in PUBLISHED if "first" not in where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Left:
         new: Where its directory is: ``nowhere``, ``staging`` or ``final``.
         then: What recovery makes of the row.
         old: Where the checkpoint is that it lets go or replaces, if not under its final name, by scenario.
-        scenarios: In which the place is reached.
+        scenarios: In which it is tried.
         fails: The save is to fail for another reason first.
     """
 
@@ -68,7 +69,7 @@ SAVING = (
         "staging",
         "COMMITTED",
         old={"overwrite-aside": "retired"},
-        scenarios=("overwrite-aside",),
+        scenarios=("dcp overwrite-aside", "hf overwrite-aside"),
     ),
     Left(
         AtComment("GATHERED with a published directory"),
@@ -76,12 +77,12 @@ SAVING = (
         "final",
         "COMMITTED",
         old={"overwrite": "the new one's staging", "overwrite-aside": "retired"},
-        scenarios=EVERY,
+        scenarios=PUBLISHED,
     ),
-    _left("GATHERED and published durably", "GATHERED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY),
-    _left("COMMITTED with a stale meta.json and link", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY),
+    _left("GATHERED and published durably", "GATHERED", "final", "COMMITTED", old=_ASIDE, scenarios=PUBLISHED),
+    _left("COMMITTED with a stale meta.json and link", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=PUBLISHED),
     _left(
-        "COMMITTED and retiring under its final name", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=EVERY[1:]
+        "COMMITTED and retiring under its final name", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=RETIRING
     ),
     Left(
         AtComment("the row says retiring, the directory has its retired name"),
@@ -89,15 +90,15 @@ SAVING = (
         "final",
         "COMMITTED",
         old={"steady": "retired"},
-        scenarios=("steady",),
+        scenarios=("dcp steady", "hf steady"),
     ),
     _left(
         "the directory is gone, the row still says retiring",
         "COMMITTED",
         "final",
         "COMMITTED",
-        old=dict.fromkeys(EVERY[1:], "nowhere"),
-        scenarios=EVERY[1:],
+        old=dict.fromkeys(("steady", "overwrite", "overwrite-aside"), "nowhere"),
+        scenarios=RETIRING,
     ),
 )
 
@@ -127,18 +128,18 @@ def _twice(comment: str, first: str, *facts: str) -> Twice:
 
 
 RECOVERING = (
-    _twice("as before, but of this epoch", "WRITING with every byte", "steady", "FAILED"),
-    _twice("as before, but of this epoch", "GATHERED with a complete", "overwrite", "COMMITTED"),
-    _twice("in flight without a directory", "WRITING with every byte", "overwrite", "FAILED"),
-    _twice("GATHERED and published; ", "GATHERED with a complete", "first", "COMMITTED"),
-    _twice("GATHERED and published; ", "GATHERED with a complete", "overwrite", "COMMITTED"),
-    _twice("GATHERED and published; ", "GATHERED with the old", "overwrite-aside", "COMMITTED"),
-    _twice("retiring, and nothing of it on disk", "COMMITTED and retiring", "steady", "COMMITTED"),
-    _twice("retiring, and nothing of it on disk", "GATHERED and published durably", "overwrite", "COMMITTED"),
-    _twice("GATHERED without any copy", "GATHERED with a complete", "steady", "FAILED", "staging"),
-    _twice("GATHERED without any copy", "GATHERED and published durably", "first", "FAILED", "final"),
+    _twice("as before, but of this epoch", "WRITING with every byte", "dcp steady", "FAILED"),
+    _twice("as before, but of this epoch", "GATHERED with a complete", "dcp overwrite", "COMMITTED"),
+    _twice("in flight without a directory", "WRITING with every byte", "dcp overwrite", "FAILED"),
+    _twice("GATHERED and published; ", "GATHERED with a complete", "dcp first", "COMMITTED"),
+    _twice("GATHERED and published; ", "GATHERED with a complete", "dcp overwrite", "COMMITTED"),
+    _twice("GATHERED and published; ", "GATHERED with the old", "dcp overwrite-aside", "COMMITTED"),
+    _twice("retiring, and nothing of it on disk", "COMMITTED and retiring", "dcp steady", "COMMITTED"),
+    _twice("retiring, and nothing of it on disk", "GATHERED and published durably", "dcp overwrite", "COMMITTED"),
+    _twice("GATHERED without any copy", "GATHERED with a complete", "dcp steady", "FAILED", "staging"),
+    _twice("GATHERED without any copy", "GATHERED and published durably", "dcp first", "FAILED", "final"),
     _twice(
-        "a live checkpoint stands aside and its name is free", "GATHERED and published durably", "overwrite", "FAILED", "final"
+        "a live checkpoint stands aside and its name is free", "GATHERED and published durably", "dcp overwrite", "FAILED", "final"
     ),
 )
 

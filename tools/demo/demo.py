@@ -86,7 +86,7 @@ class Settings:
 
 FULL = Settings()
 SMALL = Settings(
-    steps=24, save_every=3, export_every=12, hidden=64, layers=2, experts=4, expert_width=64, length=32, kill_from=6
+    steps=24, save_every=2, export_every=12, hidden=64, layers=2, experts=4, expert_width=64, length=32, kill_from=4
 )
 
 
@@ -119,6 +119,23 @@ class Killed:
 # -- one start of the job ---------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one start of the job wrote down; it may still be writing."""
+
+    path: Path
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """All events of one kind so far."""
+        try:
+            lines = self.path.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        # A killed rank may leave half a line.
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in found if event["event"] == kind]
+
+
 class Job:
     """
     Ranks of `train.py` as processes. Leaving the block leaves none behind.
@@ -133,25 +150,28 @@ class Job:
 
     def __init__(self, folder: Path, name: str, run: Path, settings: Settings, *, ranks: int = RANKS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.report = folder / f"{name}.jsonl"
+        self.report = Report(folder / f"{name}.jsonl")
         self.logs = [folder / f"{name}.rank-{rank}.log" for rank in range(ranks)]
         self._settings = settings
         self._started = time.monotonic()
         rendezvous = folder / f"{name}.rendezvous"
         rendezvous.unlink(missing_ok=True)
-        self.report.unlink(missing_ok=True)
+        self.report.path.unlink(missing_ok=True)
         self._ranks: list[subprocess.Popen[bytes]] = []
         for rank, log in enumerate(self.logs):
-            command = [sys.executable, str(TRAIN), str(run), "--report", str(self.report), "--logits", str(folder)]
+            command = [sys.executable, str(TRAIN), str(run), "--report", str(self.report.path), "--logits", str(folder)]
             with log.open("wb") as output:
                 self._ranks.append(
                     subprocess.Popen(
                         [*command, "--rendezvous", str(rendezvous), *settings.flags()],
                         env={
                             **os.environ,
-                            **{"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
+                            "RANK": str(rank),
+                            "WORLD_SIZE": str(ranks),
+                            "OMP_NUM_THREADS": "1",
                             # All ranks are on this machine, whatever its name resolves to.
-                            **{"GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore::FutureWarning"},
+                            "GLOO_SOCKET_IFNAME": "lo",
+                            "PYTHONWARNINGS": "ignore::FutureWarning",
                         },
                         stdin=subprocess.DEVNULL,
                         stdout=output,
@@ -174,23 +194,13 @@ class Job:
         for rank in self._ranks:
             rank.send_signal(number)
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """What the job reported so far of one kind of event."""
-        try:
-            lines = self.report.read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        # A killed rank may leave half a line.
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [event for event in found if event["event"] == kind]
-
-    def wait(self, progress: Callable[[Job], None]) -> None:
+    def wait(self, progress: Callable[[Report], None]) -> None:
         """Wait until every rank has ended well."""
         while not self._over():
-            progress(self)
+            progress(self.report)
             time.sleep(0.1)
 
-    def kill_while(self, state: CheckpointState, journal_path: Path, progress: Callable[[Job], None]) -> Killed:
+    def kill_while(self, state: CheckpointState, journal_path: Path, progress: Callable[[Report], None]) -> Killed:
         """
         SIGKILL every rank while the journal shows a checkpoint in *state*.
 
@@ -207,7 +217,7 @@ class Job:
             while True:
                 record = _newest(journal)
                 if record is None or record.state is not state or record.step < self._settings.kill_from:
-                    progress(self)
+                    progress(self.report)
                     # A state may last a few milliseconds only.
                     time.sleep(0.001)
                     if self._over():
@@ -227,17 +237,17 @@ class Job:
         while (left := sum(map(_is_alive, writers))) and time.monotonic() < killed + STOPPED_WITHIN_S:
             time.sleep(0.001)
         gone_s = time.monotonic() - killed
-        steps = self.events("step")
+        steps = self.report.events("step")
         return Killed(record, steps[-1]["step"] if steps else 0, written, size, len(writers), left, gone_s)
 
     @contextlib.contextmanager
-    def _journal(self, path: Path, progress: Callable[[Job], None]) -> Iterator[Journal]:
+    def _journal(self, path: Path, progress: Callable[[Report], None]) -> Iterator[Journal]:
         while True:
             try:
                 journal = Journal.open_read_only(path)
                 break
             except JournalError:  # not there yet, or just being created
-                progress(self)
+                progress(self.report)
                 time.sleep(0.05)
                 if self._over():
                     raise DemoFailed("the job ended before it created its journal") from None
@@ -305,12 +315,12 @@ class Screen:
         for line in text.splitlines() or [""]:
             print(" " * indent + line if line else "", flush=True)
 
-    def progress(self, job: Job) -> None:
-        """Show how far *job* is: often on a terminal, every 15 seconds otherwise."""
+    def progress(self, report: Report) -> None:
+        """Show how far a job is: often on a terminal, every 15 seconds otherwise."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + (0.2 if self._live else 15.0)
-        steps = job.events("step")
+        steps = report.events("step")
         text = "starting" if not steps else f"step {steps[-1]['step']}, loss {float.fromhex(steps[-1]['loss']):.2f}"
         if self._live:
             self._clear()
@@ -340,8 +350,9 @@ def demonstrate(folder: Path, settings: Settings, screen: Screen) -> list[Claim]
     whole, broken = folder / "uninterrupted", folder / "interrupted"
 
     screen.say(f"[1] Train {settings.steps} steps on {RANKS} ranks without interruption, to compare with")
-    with Job(logs, "uninterrupted", whole, settings) as reference:
-        reference.wait(screen.progress)
+    with Job(logs, "uninterrupted", whole, settings) as job:
+        job.wait(screen.progress)
+        reference = job.report
     about = reference.events("start")[0]
     screen.say(f"{about['parameters'] / 1e6:.1f} million parameters; {losses_in_words(reference)}", indent=4)
 
@@ -355,14 +366,17 @@ def demonstrate(folder: Path, settings: Settings, screen: Screen) -> list[Claim]
     checked = say_command(screen, ["check", str(broken)])
 
     screen.say("[4] Start the killed job again")
-    with Job(logs, "resumed", broken, settings) as resumed:
-        resumed.wait(screen.progress)
-    screen.say("\n".join(line for line in resumed.logs[0].read_text().splitlines() if "recovery:" in line), indent=4)
+    with Job(logs, "resumed", broken, settings) as job:
+        job.wait(screen.progress)
+        resumed = job.report
+        told = [line for line in job.logs[0].read_text().splitlines() if "recovery:" in line]
+    screen.say("\n".join(told), indent=4)
     screen.say(f"resumed from step {resumed.events('start')[0]['step']}; {losses_in_words(resumed)}", indent=4)
 
     screen.say("[5] Resume on one rank instead of two")
-    with Job(logs, "one-rank", broken, settings, ranks=1) as alone:
-        alone.wait(screen.progress)
+    with Job(logs, "one-rank", broken, settings, ranks=1) as job:
+        job.wait(screen.progress)
+        alone = job.report
     screen.say(f"loaded step {alone.events('start')[0]['step']}, sharded over {RANKS} ranks, as a whole", indent=4)
 
     screen.say("[6] Load the export with from_pretrained")
@@ -408,7 +422,7 @@ def crash_claims(
     ]
 
 
-def resume_claims(settings: Settings, killed: Killed, broken: Path, reference: Job, resumed: Job) -> list[Claim]:
+def resume_claims(settings: Settings, killed: Killed, broken: Path, reference: Report, resumed: Report) -> list[Claim]:
     """What must be true of the run that was killed and started again."""
     rolled_forward = killed.record.state is CheckpointState.GATHERED
     expected = killed.record.step if rolled_forward else killed.record.step - settings.save_every
@@ -416,7 +430,7 @@ def resume_claims(settings: Settings, killed: Killed, broken: Path, reference: J
     with Journal.open_read_only(journal_of(broken)) as journal:
         attempt = journal.checkpoint(killed.record.id)
     start = resumed.events("start")[0]
-    ends = [job.events("end")[0] for job in (reference, resumed)]
+    ends = [report.events("end")[0] for report in (reference, resumed)]
     wanted = {event["step"]: event["loss"] for event in reference.events("step") if event["step"] > expected}
     losses = {event["step"]: event["loss"] for event in resumed.events("step")}
     same = sum(losses.get(step) == loss for step, loss in wanted.items())
@@ -443,7 +457,7 @@ def resume_claims(settings: Settings, killed: Killed, broken: Path, reference: J
     ]
 
 
-def one_rank_claim(settings: Settings, reference: Job, alone: Job) -> Claim:
+def one_rank_claim(settings: Settings, reference: Report, alone: Report) -> Claim:
     """What must be true of the checkpoint of several ranks that one rank loaded."""
     start = alone.events("start")[0]
     return Claim(
@@ -453,9 +467,9 @@ def one_rank_claim(settings: Settings, reference: Job, alone: Job) -> Claim:
     )
 
 
-def hash_at(job: Job, step: int) -> dict[str, Any]:
+def hash_at(report: Report, step: int) -> dict[str, Any]:
     """What the job's state was when it saved *step*."""
-    return next((event for event in job.events("hash") if event["step"] == step), {})
+    return next((event for event in report.events("hash") if event["step"] == step), {})
 
 
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -473,40 +487,48 @@ def say_command(screen: Screen, arguments: Sequence[str]) -> subprocess.Complete
 def killed_in_words(killed: Killed) -> str:
     """What stood where when the job was killed."""
     record = killed.record
-    return (
-        f"killed after step {killed.step}; {record.series} step {record.step} was {record.state}, "
-        f"{killed.bytes_written / 1e6:.1f} of {killed.bytes_of_files / 1e6:.1f} MB written to {record.staging_directory}"
-    )
+    text = f"killed after step {killed.step}; {record.series} step {record.step} was {record.state}"
+    if record.state is CheckpointState.WRITING:
+        text += f", {killed.bytes_written / 1e6:.1f} of {killed.bytes_of_files / 1e6:.1f} MB written"
+    return text
 
 
-def losses_in_words(job: Job) -> str:
-    """From which loss to which, and how fast."""
-    losses = [float.fromhex(event["loss"]) for event in job.events("step")]
+def losses_in_words(report: Report) -> str:
+    """From which loss to which."""
+    losses = [float.fromhex(event["loss"]) for event in report.events("step")]
     return f"loss {losses[0]:.2f} → {losses[-1]:.2f} in {len(losses)} steps"
 
 
 def figures(folder: Path) -> str:
-    """How long saving held up the training, and how long it took in the background, in one line per series."""
+    """For how long saving held up the training, and how long it took in the background, one line per series."""
     lines = []
-    stalls: dict[str, list[float]] = {}
-    for report in ("uninterrupted", "resumed"):
-        for line in (folder / "logs" / f"{report}.jsonl").read_text().splitlines():
-            event = json.loads(line)
-            if event["event"] == "save":
-                stalls.setdefault(event["series"], []).append(1000 * event["stall_s"])
-    for series, waits in stalls.items():
-        took, sizes = [], []
-        for run in ("uninterrupted", "interrupted"):
-            with Journal.open_read_only(journal_of(folder / run)) as journal:
-                for record in journal.checkpoints(series=series):
-                    if record.committed_at is not None:
-                        took.append(record.committed_at - record.created_at)
-                        sizes.append(record.bytes)
+    events = [event for name in ("uninterrupted", "resumed") for event in report_of(folder, name).events("save")]
+    for series in dict.fromkeys(event["series"] for event in events):
+        waits = [1000 * event["stall_s"] for event in events if event["series"] == series]
+        committed = [
+            record
+            for run in ("uninterrupted", "interrupted")
+            for record in committed_in(folder / run)
+            if record.series == series
+        ]
+        took = [(record.committed_at or 0) - record.created_at for record in committed]
         lines.append(
-            f"{series:10}  {max(sizes) / 1e6:6.1f} MB   training waited {statistics.median(waits):4.0f} ms "
-            f"(at most {max(waits):.0f})   committed after {statistics.median(took):.2f} s (at most {max(took):.2f})"
+            f"{series:10} {max(record.bytes for record in committed) / 1e6:6.1f} MB   "
+            f"training waited {statistics.median(waits):.0f} ms (at most {max(waits):.0f})   "
+            f"committed after {statistics.median(took):.2f} s (at most {max(took):.2f})"
         )
     return "\n".join(lines)
+
+
+def committed_in(run: Path) -> list[CheckpointRecord]:
+    """What the journal of *run* has as committed, whether it is still there or not."""
+    with Journal.open_read_only(journal_of(run)) as journal:
+        return [record for record in journal.checkpoints() if record.state is CheckpointState.COMMITTED]
+
+
+def report_of(folder: Path, name: str) -> Report:
+    """The report of one start: uninterrupted, killed, resumed or one-rank."""
+    return Report(folder / "logs" / f"{name}.jsonl")
 
 
 def journal_of(run: Path) -> Path:
@@ -542,17 +564,13 @@ def main(arguments: Sequence[str]) -> int:
         screen.say("interrupted")
         return 130
     for claim in claims:
-        screen.say(
-            f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}" + (f"  ({claim.figures})" * bool(claim.figures))
-        )
-    screen.say()
-    screen.say(figures(options.into))
-    screen.say()
+        about = f"  ({claim.figures})" if claim.figures else ""
+        screen.say(f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}{about}")
+    screen.say(f"\n{figures(options.into)}\n")
     good = all(claim.holds for claim in claims)
-    verdict = "every claim holds" if good else "NOT every claim holds"
-    screen.say(
-        f"{verdict}; {time.monotonic() - started:.0f} s. Look around: ckptmgr ls {options.into}/interrupted --all"
-    )
+    screen.say(f"{'Every claim holds' if good else 'NOT every claim holds'}; {time.monotonic() - started:.0f} s.")
+    command = os.path.relpath(Path(sys.executable).with_name("ckptmgr"))
+    screen.say(f"Look around: {command} log {options.into}/interrupted")
     return 0 if good else 1
 
 

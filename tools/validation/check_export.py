@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,19 +62,21 @@ def load_pretrained(directory: Path, options: argparse.Namespace) -> transformer
     return model.to(options.device).eval()
 
 
-def load_dcp(directory: Path, options: argparse.Namespace) -> transformers.PreTrainedModel:
-    """A model with the export's config and the weights of a DCP checkpoint."""
-    dtype = options.dtype or torch.float32
-    kind = model_class(options.export)
-    config = kind.config_class.from_pretrained(options.export, local_files_only=True)
-    model = kind._from_config(config, dtype=dtype)
-    # Only a state dict without nesting; DCP's keys are the path through the state, joined by dots.
-    weights = {f"{options.key}.{name}": tensor for name, tensor in model.state_dict().items()}
+def load_dcp(model: transformers.PreTrainedModel, directory: Path, key: str) -> None:
+    """
+    Replace all that *model* holds by what a DCP checkpoint holds, cast to the model's dtypes.
+
+    Reads with plain ``torch.distributed.checkpoint``, without ckptmgr. Its keys are the path through
+    the saved state, joined by dots.
+    """
+    weights = {f"{key}.{name}": tensor for name, tensor in model.state_dict().items()}
+    for tensor in weights.values():
+        # Whatever is not read must not go unnoticed.
+        tensor.fill_(math.nan if tensor.is_floating_point() else 0)
     try:
         load_checkpoint(weights, storage_reader=FileSystemReader(directory), no_dist=True)
-    except Exception as error:  # DCP wraps whatever happened in an exception of its own
+    except Exception as error:  # noqa: BLE001 - DCP wraps whatever happened in exceptions of its own
         raise CheckFailed(f"{directory} cannot be loaded: {error}") from error
-    return model.to(options.device).eval()
 
 
 def text_inputs(model: transformers.PreTrainedModel, options: argparse.Namespace) -> torch.Tensor:
@@ -120,22 +123,27 @@ def check(options: argparse.Namespace) -> tuple[bool, str]:
     Raises:
         CheckFailed: Something cannot be loaded.
     """
-    if options.logits is not None:
-        try:
-            stored = torch.load(options.logits, map_location="cpu", weights_only=True)
-            input_ids, expected = stored["input_ids"], stored["logits"]
-        except Exception as error:  # many kinds, all meaning the same
-            raise CheckFailed(f"{options.logits} holds no input_ids and logits: {error}") from error
-        return compare(answer(load_pretrained(options.export, options), input_ids), expected, options)
     model = load_pretrained(options.export, options)
+    if options.logits is not None:
+        input_ids, expected = load_logits(options.logits)
+        return compare(answer(model, input_ids), expected, options)
     input_ids = text_inputs(model, options)
     got = answer(model, input_ids)
-    del model  # two large models need not be in memory at the same time
-    if options.reference is not None:
-        other = load_pretrained(options.reference, options)
+    if options.checkpoint is not None:
+        load_dcp(model, options.checkpoint, options.key)
     else:
-        other = load_dcp(options.checkpoint, options)
-    return compare(got, answer(other, input_ids), options)
+        del model  # two large models need not be in memory at the same time
+        model = load_pretrained(options.reference, options)
+    return compare(got, answer(model, input_ids), options)
+
+
+def load_logits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids and logits that a trainer stored."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return stored["input_ids"], stored["logits"]
+    except Exception as error:  # noqa: BLE001 - many kinds, all meaning the same
+        raise CheckFailed(f"{path} holds no input_ids and logits: {error!r}") from error
 
 
 def dtype(text: str) -> torch.dtype:
@@ -154,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     against.add_argument("--checkpoint", type=Path, help="a DCP checkpoint that must answer the same")
     against.add_argument("--logits", type=Path, help="a file with input_ids and logits")
     parser.add_argument("--key", default="model", help="the model's name in the saved state (default: model)")
-    parser.add_argument("--dtype", type=dtype, help="compute in this dtype; needed if training and export differ in it")
+    parser.add_argument("--dtype", type=dtype, help="compute in this dtype instead of the export's")
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=32, help="tokens per text")

@@ -1,0 +1,50 @@
+# Everything a newcomer or a machine does with this repository. `make` lists it.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Processes that run the tests; 0 runs them in pytest's own.
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs check clean
+
+help: ## list these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+demo: $(VENV)/installed ## kill a training job in the middle of a save and see that nothing is lost (about 2 min)
+	$(BIN)/python tools/demo/demo.py $(DEMO)
+
+test: $(VENV)/installed ## run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+lint: $(VENV)/installed-tools ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-tools ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint docs test ## all three
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) build dist site runs/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find ckptmgr migrations tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# Installed again only when what is to be installed has changed. torch comes first and alone, so that
+# nothing else can decide which one it is.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing torch and what else is needed into $(VENV); the first time this takes some minutes"
+	$(PIP) torch==2.13.0
+	$(PIP) -qq --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-tools: $(VENV)/installed
+	$(PIP) -qq --editable '.[test,lint,docs]'
+	@touch $@
+
+$(BIN)/python:
+	@'$(PYTHON)' -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"ckptmgr needs Python 3.11 or newer, and $(PYTHON) is {sys.version.split()[0]}: make PYTHON=…")'
+	'$(PYTHON)' -m venv $(VENV)

@@ -1,0 +1,256 @@
+"""
+What one may ask the journal. Reading never changes, creates or migrates anything.
+
+One public method is one transaction. Times are Unix seconds, sizes bytes, durations seconds,
+directories relative to the run directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection, Row, Select, and_, func, select, text
+
+from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
+from ckptmgr.journal import database, schema
+from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, transition, verification
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, EpochRecord, Format, TransitionRecord
+from ckptmgr.manifest import FileEntry
+
+T = TypeVar("T")
+COMMITTED = CheckpointState.COMMITTED
+_STATES = {state.value: state for state in CheckpointState}
+_FORMATS = {layout.value: layout for layout in Format}
+
+
+newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
+live = text(schema.LIVE)
+in_flight = text(schema.IN_FLIGHT)
+attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
+    pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """That the files of a committed checkpoint were compared with the journal: sizes, or digests too."""
+
+    id: int
+    checkpoint_id: int
+    at: float
+    level: str
+    ok: bool
+    mismatches: tuple[str, ...]
+
+
+class Questions:
+    """
+    The reading half of `Journal`.
+
+    Attributes:
+        path: The journal's one name: absolute, links in its folders resolved.
+        run_id: Which run this is: 32 hex digits, drawn when the journal was created.
+        read_only: Whether it was opened with `Journal.open_read_only`.
+    """
+
+    path: Path
+    run_id: str
+    read_only: bool
+
+    def __init__(self, opened: database.Database, run_id: str) -> None:
+        self._database = opened
+        self.path = opened.path
+        self.read_only = opened.read_only
+        self.run_id = run_id
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def current_epoch(self) -> int:
+        """The newest epoch, the only one that may change anything; 0 before the first."""
+        with self._database.reading() as connection:
+            return scalar(connection, newest_epoch)
+
+    def epochs(self) -> list[EpochRecord]:
+        """Every start of a manager or of a command that changes the run, oldest first."""
+        with self._database.reading() as connection:
+            rows = connection.execute(select(epoch).order_by(epoch.c.epoch)).all()
+        return [
+            EpochRecord(
+                epoch=row.epoch,
+                started_at=row.started_at,
+                host=row.host,
+                pid=row.pid,
+                command=row.command,
+                versions=self._parsed(row.versions),
+                ended_at=row.ended_at,
+            )
+            for row in rows
+        ]
+
+    def checkpoints(self, *, series: str | None = None, live_only: bool = False) -> list[CheckpointRecord]:
+        """Every attempt in the order in which they began; *live_only*: those one may resume from."""
+        query = attempts.order_by(checkpoint.c.id)
+        if series is not None:
+            query = query.where(checkpoint.c.series == series)
+        if live_only:
+            query = query.where(live)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [self._record(row) for row in rows]
+
+    def checkpoint(self, checkpoint_id: int) -> CheckpointRecord:
+        """
+        One attempt.
+
+        Raises:
+            CheckpointNotFound: There is no such attempt.
+        """
+        with self._database.reading() as connection:
+            row = self._row(connection, checkpoint_id)
+        return self._record(row)
+
+    def find(self, series: str, step: int) -> CheckpointRecord:
+        """
+        The live checkpoint of a step; if there is none, the newest attempt.
+
+        Raises:
+            CheckpointNotFound: The step was never begun.
+        """
+        query = (
+            attempts.where(checkpoint.c.series == series, checkpoint.c.step == step)
+            .order_by(text(f"{schema.LIVE} DESC"), checkpoint.c.id.desc())
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise not_found(series, step)
+        return self._record(row)
+
+    def files(self, checkpoint_id: int) -> list[FileEntry]:
+        """Every file of a gathered checkpoint, by path; an attempt that was never gathered has none."""
+        query = select(file.c.path, file.c.size, file.c.digest, file.c.rank).where(
+            file.c.checkpoint_id == checkpoint_id
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(file.c.path)).all()
+        return [FileEntry(*row) for row in rows]
+
+    def transitions(self, checkpoint_id: int | None = None, after_id: int = 0) -> list[TransitionRecord]:
+        """The history, oldest first: of one attempt or of all, only what came after line *after_id*."""
+        query = (
+            select(transition, checkpoint.c.series, checkpoint.c.step)
+            .join(checkpoint, checkpoint.c.id == transition.c.checkpoint_id)
+            .where(transition.c.id > after_id)
+            .order_by(transition.c.id)
+        )
+        if checkpoint_id is not None:
+            query = query.where(transition.c.checkpoint_id == checkpoint_id)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [
+            TransitionRecord(
+                id=row.id,
+                checkpoint_id=row.checkpoint_id,
+                series=row.series,
+                step=row.step,
+                source=None if row.source is None else self._word(_STATES, row.source),
+                dest=self._word(_STATES, row.dest),
+                at=row.at,
+                epoch=row.epoch,
+                host=row.host,
+                pid=row.pid,
+                note=row.note,
+            )
+            for row in rows
+        ]
+
+    def series(self) -> list[str]:
+        """The names of all series seen, in the order of their first use."""
+        query = select(checkpoint.c.series).group_by(checkpoint.c.series).order_by(func.min(checkpoint.c.id))
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def decisions(self) -> dict[int, tuple[str, tuple[str, ...]]]:
+        """The last word of retention on each checkpoint it looked at: ("keep" or "drop", reasons)."""
+        table = retirement_decision.c
+        with self._database.reading() as connection:
+            rows = connection.execute(select(table.checkpoint_id, table.verdict, table.reasons)).all()
+        return {row.checkpoint_id: (row.verdict, tuple(self._parsed(row.reasons))) for row in rows}
+
+    def verifications(self, checkpoint_id: int) -> list[Verification]:
+        """Every comparison of a checkpoint's files with the journal, oldest first."""
+        table = verification.c
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
+            ).all()
+        return [
+            Verification(
+                id=row.id,
+                checkpoint_id=row.checkpoint_id,
+                at=row.at,
+                level=row.level,
+                ok=bool(row.ok),
+                mismatches=tuple(self._parsed(row.mismatches)),
+            )
+            for row in rows
+        ]
+
+    def _row(self, connection: Connection, checkpoint_id: int) -> Row[Any]:
+        row = connection.execute(attempts.where(checkpoint.c.id == checkpoint_id)).first()
+        if row is None:
+            raise CheckpointNotFound(f"there is no checkpoint {checkpoint_id} in {self.path}", series="", step=None)
+        return row
+
+    # From rows to records
+
+    def _record(self, row: Row[Any]) -> CheckpointRecord:
+        facts = dict(row._mapping)
+        facts["pinned"] = bool(
+            facts.pop("has_pin") and facts["state"] == COMMITTED and facts["retire_started_at"] is None
+        )
+        facts["state"] = self._word(_STATES, facts["state"])
+        facts["format"] = self._word(_FORMATS, facts["format"])
+        facts["failures"] = tuple(self._parsed(facts["failures"]))
+        facts["metrics"] = self._parsed(facts["metrics"])
+        facts["per_rank"] = tuple(self._parsed(facts["per_rank"]))
+        return CheckpointRecord(**facts)
+
+    def _word(self, words: Mapping[str, T], word: str) -> T:
+        try:
+            return words[word]
+        except KeyError:
+            raise self._corrupt(f"unknown word {word!r}") from None
+
+    def _parsed(self, stored: str) -> Any:
+        try:
+            return json.loads(stored)
+        except ValueError as error:
+            raise self._corrupt(f"not JSON: {stored[:80]!r}") from error
+
+    def _corrupt(self, reason: str) -> JournalCorrupt:
+        return JournalCorrupt(f"{self.path} is damaged: {reason}", path=str(self.path), reason=reason)
+
+
+def scalar(connection: Connection, query: Select[Any]) -> int:
+    return int(connection.execute(query).scalar_one())
+
+
+def not_found(series: str, step: int) -> CheckpointNotFound:
+    return CheckpointNotFound(f"there is no checkpoint of step {step} in series {series}", series=series, step=step)

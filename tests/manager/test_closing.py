@@ -1,0 +1,339 @@
+"""However a manager ends, nothing of it stays: no process, thread, memory, descriptor or lock; and no orphan writes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import Open, Pause, leftovers
+from rank_processes import Here, start_ranks
+
+from ckptmgr import CheckpointManager, CheckpointState, SaveFailed, Timeouts, WriterOptions
+from ckptmgr.errors import ManagerClosed, RunLocked
+from ckptmgr.journal import Journal
+
+SHORT = Timeouts(setup_s=30, write_s=30, gather_s=5, close_s=1, close_on_error_s=1)
+
+
+def _states(run_dir: Path) -> dict[int, CheckpointState]:
+    with Journal.open_read_only(run_dir.with_name("run.journal.db")) as journal:
+        return {record.step: record.state for record in journal.checkpoints()}
+
+
+def _gone(pid: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_closing_waits_for_what_is_in_flight_and_leaves_nothing(open_manager: Open, run_dir: Path) -> None:
+    manager = open_manager()
+    manager.save(1, {"t": torch.zeros(100_000)})
+    assert leftovers(), "the watch sees nothing, so it proves nothing"
+    manager.close()
+    assert not leftovers()
+    assert _states(run_dir) == {1: CheckpointState.COMMITTED}
+
+
+def test_opening_and_closing_leaks_no_descriptor_and_no_thread(open_manager: Open) -> None:
+    def cycle() -> None:
+        with open_manager() as manager:
+            manager.save(len(list(manager.path.glob("checkpoint/*"))), {"t": torch.zeros(10)})
+
+    cycle()
+    before = psutil.Process().num_fds(), psutil.Process().num_threads()
+    for _ in range(3):
+        cycle()
+    assert (psutil.Process().num_fds(), psutil.Process().num_threads()) == before
+
+
+def test_leaving_on_an_exception_finishes_the_save_and_frees_the_run(open_manager: Open, run_dir: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), open_manager() as manager:
+        manager.save(1, {"t": torch.zeros(100)})
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 5
+    assert not leftovers()
+    assert _states(run_dir) == {1: CheckpointState.COMMITTED}
+    open_manager().close()
+
+
+def test_leaving_on_an_exception_with_a_hung_writer_ends_in_time(
+    open_manager: Open, paused_writer: Pause, run_dir: Path
+) -> None:
+    with pytest.raises(ZeroDivisionError), open_manager(timeouts=SHORT) as manager:
+        manager.save(1, {"t": torch.zeros(100)})
+        pid = manager.writer_pid
+        os.kill(pid, signal.SIGSTOP)
+        manager.save(2, {"t": torch.zeros(100)})
+        began = time.monotonic()
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 4
+    assert pid is not None
+    assert _gone(pid, 0.5)
+    assert not leftovers()
+    with open_manager() as manager:
+        assert _states(run_dir)[2] is CheckpointState.FAILED
+        pending = manager.save(2, {"t": torch.zeros(100)})
+        assert pending is not None
+        pending.wait()
+
+
+def test_closing_with_a_hung_writer_ends_in_time_and_tells(
+    open_manager: Open, paused_writer: Pause, run_dir: Path
+) -> None:
+    manager = open_manager()
+    with paused_writer(manager):
+        pending = manager.save(1, {"t": torch.zeros(100)})
+        began = time.monotonic()
+        with pytest.raises(SaveFailed, match="signal 9"):
+            manager.close(0.5)
+        assert time.monotonic() - began < 4
+    assert pending is not None
+    assert pending.state is CheckpointState.FAILED
+    assert _states(run_dir) == {1: CheckpointState.FAILED}
+    assert not leftovers()
+
+
+def test_several_saves_in_flight_at_a_short_close_all_end(open_manager: Open, paused_writer: Pause, run_dir: Path) -> None:
+    from ckptmgr import DCP, Series
+
+    manager = open_manager(series=[Series(name, DCP()) for name in "abc"], on_failure="warn")
+    with paused_writer(manager):
+        pendings = [manager.save(1, {"t": torch.zeros(100)}, name) for name in "abc"]
+        with pytest.warns(RuntimeWarning, match="a step 1 failed"):
+            manager.close(0.5)
+    assert all(one is not None and one.done() for one in pendings)
+    assert not leftovers()
+    open_manager(series=[Series(name, DCP()) for name in "abc"]).close()
+
+
+def test_a_constructor_that_fails_leaves_nothing(open_manager: Open, run_dir: Path) -> None:
+    run_dir.with_name("run.journal.db").write_bytes(b"this is no database, but it is long enough to look like a file" * 99)
+    from ckptmgr.errors import JournalError
+
+    with pytest.raises(JournalError):
+        open_manager()
+    assert not leftovers()
+    run_dir.with_name("run.journal.db").unlink()
+    open_manager().close()
+
+
+def test_a_writer_that_dies_idle_is_replaced_without_a_word(open_manager: Open, run_dir: Path) -> None:
+    with open_manager() as manager:
+        for step in (1, 2):
+            pid = manager.writer_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            assert _gone(pid, 2)
+            pending = manager.save(step, {"t": torch.full((100,), float(step))})
+            assert pending is not None
+            pending.wait()
+            assert manager.writer_pid not in (None, pid)
+            state = {"t": torch.zeros(100)}
+            manager.resume(state, verify_digests=True)
+            assert torch.equal(state["t"], torch.full((100,), float(step)))
+
+
+def test_ctrl_c_does_not_reach_the_writer(open_manager: Open) -> None:
+    with open_manager() as manager:
+        pid = manager.writer_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGINT)
+        pending = manager.save(1, {"t": torch.zeros(10)})
+        assert pending is not None
+        pending.wait()
+        assert manager.writer_pid == pid
+
+
+def test_the_writer_is_as_nice_as_asked_and_the_trainer_is_not(open_manager: Open) -> None:
+    mine = psutil.Process().nice()
+    for nice, io_class, expected in (
+        (0, "none", psutil.IOPRIO_CLASS_NONE),
+        (7, "idle", psutil.IOPRIO_CLASS_IDLE),
+        (19, "best-effort", psutil.IOPRIO_CLASS_BE),
+    ):
+        with open_manager(writers=WriterOptions(nice=nice, io_class=io_class)) as manager:
+            writer = psutil.Process(manager.writer_pid)
+            assert writer.nice() == min(19, mine + nice)
+            assert writer.ionice().ioclass == expected
+    assert psutil.Process().nice() == mine
+
+
+def test_the_writer_imports_no_torch_and_holds_nothing_of_the_trainer(open_manager: Open) -> None:
+    with open_manager() as manager:
+        writer = psutil.Process(manager.writer_pid)
+        assert not [region.path for region in writer.memory_maps() if "torch" in region.path]
+        kept = [os.readlink(entry) for entry in Path(f"/proc/{writer.pid}/fd").iterdir()]
+        assert not [target for target in kept if ".journal." in target], kept
+
+
+def test_a_forked_child_cannot_use_the_manager_nor_harm_it(open_manager: Open, run_dir: Path) -> None:
+    with open_manager() as manager:
+        with pytest.warns(DeprecationWarning) if sys.version_info >= (3, 12) else contextlib.nullcontext():
+            child = os.fork()
+        if child == 0:
+            try:
+                manager.save(1, {"value": 1})
+            except ManagerClosed:
+                os._exit(42)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+        pending = manager.save(1, {"value": 1})
+        assert pending is not None
+        pending.wait()
+
+
+def _open_second(here: Here) -> Any:
+    began = time.monotonic()
+    try:
+        CheckpointManager(here.run_dir).close()
+    except RunLocked as error:
+        return [error.holder, error.hint, str(error), time.monotonic() - began]
+    return None
+
+
+def test_a_second_manager_in_another_process_is_refused_at_once_with_who_holds_it(
+    open_manager: Open, tmp_path: Path
+) -> None:
+    with open_manager():
+        with start_ranks(1, _open_second, tmp_path) as world:
+            (told,) = world.join(20)
+        assert told is not None, "two managers manage one run"
+        holder, hint, text, took = told
+        assert re.fullmatch(
+            rf"CheckpointManager, pid {os.getpid()} on {re.escape(socket.gethostname())}, "
+            r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ",
+            holder,
+        )
+        assert holder in text
+        assert "stop that process" in hint
+        assert took < 5
+        with pytest.raises(RunLocked):
+            open_manager()
+    with start_ranks(1, _open_second, tmp_path) as world:
+        assert world.join(20) == [None]
+
+
+def _save_and_be_killed(here: Here) -> None:
+    manager = CheckpointManager(here.run_dir, writers=WriterOptions(nice=0))
+    pending = manager.save(1, {"t": torch.zeros(100)})
+    assert pending is not None
+    pending.wait()
+    assert manager.writer_pid is not None
+    if here.tmp_path.name.endswith("stopped"):
+        os.kill(manager.writer_pid, signal.SIGSTOP)
+    manager.save(2, {"t": torch.zeros(40 << 20)})
+    here.tell("writer", manager.writer_pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("writer", ["running", "stopped"])
+def test_the_writer_dies_with_its_trainer_and_nothing_is_published(tmp_path: Path, writer: str) -> None:
+    folder = tmp_path / writer
+    folder.mkdir()
+    with start_ranks(1, _save_and_be_killed, folder) as world:
+        pid = world.here.ask("writer")
+        world.join(20, dead=[0])
+        assert _gone(pid, 2.0), "an orphan is still there"
+    state = _states(folder / "run")
+    assert state[1] is CheckpointState.COMMITTED
+    assert not (folder / "run" / "checkpoint" / "step-2").exists() or state[2] is CheckpointState.COMMITTED
+    with CheckpointManager(folder / "run") as manager:
+        resumed = manager.resume({"t": torch.zeros(100)}, step=1)
+        assert resumed is not None
+        assert _states(folder / "run")[2] in (CheckpointState.FAILED, CheckpointState.COMMITTED)
+        left = [path.name for path in (folder / "run" / "checkpoint").iterdir() if path.name.startswith(".")]
+        assert not left
+
+
+def _fail_with(here: Here, on_failure: Any) -> Any:
+    import warnings
+
+    arrived = []
+    signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    with CheckpointManager(here.run_dir, on_failure=on_failure) as manager:
+        assert manager.writer_pid is not None
+        pid = manager.writer_pid
+        os.kill(pid, signal.SIGSTOP)
+        pending = manager.save(1, {"t": torch.zeros(10)})
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
+        assert pending is not None
+        while not pending.done():
+            time.sleep(0.01)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("error" if here.told("strict") else "always")
+            with contextlib.suppress(RuntimeWarning):
+                for _ in range(3):
+                    manager.poll()
+        good = manager.save(2, {"t": torch.zeros(10)})
+        assert good is not None
+        good.wait()
+    return [len([w for w in caught if "step 1 failed" in str(w.message)]), arrived]
+
+
+def test_a_failure_can_warn_or_terminate_once(tmp_path: Path) -> None:
+    for on_failure, expected in (("warn", [1, []]), ("terminate", [1, [signal.SIGTERM]])):
+        folder = tmp_path / on_failure
+        folder.mkdir()
+        with start_ranks(1, _fail_with, folder, on_failure=on_failure) as world:
+            assert world.join(30) == [expected]
+
+
+def test_terminate_terminates_even_where_warnings_are_errors(tmp_path: Path) -> None:
+    with start_ranks(1, _fail_with, tmp_path, on_failure="terminate") as world:
+        world.here.tell("strict")
+        ((_, arrived),) = world.join(30)
+        assert arrived == [signal.SIGTERM]
+
+
+def _run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    head = """
+        import sys, torch
+        from ckptmgr import CheckpointManager, WriterOptions
+        manager = CheckpointManager(sys.argv[1], writers=WriterOptions(nice=0))
+        manager.save(1, {"t": torch.zeros(1000)})
+        print(manager.writer_pid, flush=True)
+    """
+    script = textwrap.dedent(head) + textwrap.dedent(text)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder / "run")],
+        capture_output=True, text=True, timeout=60, env=environ, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("", 0), ("raise RuntimeError('training broke')", 1), ("sys.exit(7)", 7)],
+    ids=["end", "exception", "exit"],
+)
+def test_a_manager_that_is_not_closed_commits_and_leaves_no_orphan(tmp_path: Path, ending: str, status: int) -> None:
+    began = time.monotonic()
+    done = _run_script(tmp_path, ending)
+    assert done.returncode == status, done.stderr
+    assert time.monotonic() - began < 30
+    assert _gone(int(done.stdout), 0.5)
+    assert "not closed" in done.stderr
+    assert _states(tmp_path / "run") == {1: CheckpointState.COMMITTED}
+    with Journal.open_read_only(tmp_path / "run.journal.db") as journal:
+        assert journal.epochs()[-1].ended_at is not None
