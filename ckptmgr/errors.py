@@ -117,7 +117,7 @@ class JournalSchemaMismatch(JournalError):
 class ForeignJournal(JournalError):
     """The journal and the run directory belong to two different runs."""
 
-    hint = "pair the run directory with its own journal, or pass the right one as journal="
+    hint = "name the run directory's own journal: journal= in code, --journal PATH on the command line"
     path: str
     found: str
     expected: str

@@ -474,8 +474,8 @@ class CheckpointManager:
         self._rundir.acquire("CheckpointManager", timeout_s=0.0)
         self._rundir.require_journal()
         self._journal = Journal.open(self._rundir.journal_path)
-        self._rundir.pair(self._journal.run_id)
         known = {record.series: record.format for record in self._journal.checkpoints()}
+        self._rundir.pair(self._journal.run_id, managed=bool(known))
         for name, one in self._series.items():
             if known.get(name, one.format.kind) is not one.format.kind:
                 raise InvalidArgument(f"series {name!r} holds {known[name]} checkpoints, not {one.format.kind}")

@@ -274,7 +274,7 @@ def _attempts(asked: Iterable[CheckpointRecord], candidates: Sequence[Candidate]
         about = (record.series, record.step, record.id)
         if record.state is CheckpointState.FAILED and record.id > newest:
             text = f"attempt {record.id} to save step {record.step} failed: {record.reason or 'no reason recorded'}"
-            hint = f"run `ckptmgr show RUN {record.step}` to see each rank's cause"
+            hint = f"run `ckptmgr show RUN {record.step} --series {record.series}` to see each rank's cause"
             findings.append(Finding("R007", Level.WARNING, text, hint, *about))
         elif record.is_in_flight and live_epoch:
             text = f"attempt {record.id} to save step {record.step} is in flight ({record.state})"

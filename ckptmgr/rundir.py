@@ -169,24 +169,35 @@ class RunDirectory:
                 path=str(self.journal_path),
             )
 
-    def pair(self, run_id: str) -> None:
+    def require_pair(self, run_id: str, *, managed: bool = False) -> None:
         """
-        Check that directory and journal are of one run; a fresh directory is marked as *run_id*'s.
+        Check, without marking anything, that directory and journal are of one run.
+
+        Args:
+            run_id: The journal's.
+            managed: Whether the journal has checkpoints; then a directory without its mark is refused too.
+                It may be the empty place where a file system is not mounted, and looks as if all were lost.
 
         Raises:
-            ForeignJournal: They belong to two runs.
+            ForeignJournal: They belong to two runs, or the directory does not say.
         """
-        durable.ensure_directory(self.path)
         found = self.run_id()
+        if found == run_id or (found is None and not managed):
+            return
+        facts = {"path": str(self.journal_path), "found": run_id, "expected": found or ""}
         if found is None:
+            hint = f"is its file system mounted? If it is, write {run_id} into {self.path / RUN_ID_NAME}"
+            raise ForeignJournal(f"{self.path} does not say that it belongs to run {run_id}", hint=hint, **facts)
+        raise ForeignJournal(
+            f"{self.path} belongs to run {found}, but its journal {self.journal_path} to run {run_id}", **facts
+        )
+
+    def pair(self, run_id: str, *, managed: bool = False) -> None:
+        """Like `require_pair`, and a fresh directory is created and marked as *run_id*'s; durable on return."""
+        self.require_pair(run_id, managed=managed)
+        durable.ensure_directory(self.path)
+        if self.run_id() is None:
             self.write_run_id(run_id)
-        elif found != run_id:
-            raise ForeignJournal(
-                f"{self.path} belongs to run {found}, but its journal {self.journal_path} to run {run_id}",
-                path=str(self.journal_path),
-                found=run_id,
-                expected=found,
-            )
 
     # -- looking --------------------------------------------------------------------------------
 

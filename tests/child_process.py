@@ -243,7 +243,8 @@ class AtEffect:
     """
     Die before the n-th effect (from 1), or raise OSError there once.
 
-    With *nth* 0 nothing happens but a trace: one line per effect in *trace*.
+    Transactions of the journal count only where the child is to die. With *nth* 0 nothing happens but a
+    trace: one line per effect in *trace*.
     """
 
     nth: int
@@ -260,7 +261,7 @@ def arm(what: AtComment | AtEffect, root: Path) -> None:
     elif isinstance(what, AtComment):
         _die_at_line(what)
     else:
-        Effects(root, what).install(journal=True)
+        Effects(root, what).install(journal=what.error is None)
 
 
 def arm_writer() -> None:

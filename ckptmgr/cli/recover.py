@@ -81,8 +81,7 @@ def apply(args: argparse.Namespace, out: Output) -> int:
         refuse_to_migrate(rundir)
         with Journal.open(rundir.journal_path) as journal:
             # What is not there would be given up: an unmounted file system must not cost a checkpoint.
-            target.require_pair(journal, rundir)
-            target.require_mark(journal, rundir)
+            rundir.require_pair(journal.run_id, managed=bool(journal.series()))
             with target.epoch(journal, COMMAND) as who:
                 report = recovery.recover(journal, rundir, **who)
             about = target.document(rundir, journal.run_id)

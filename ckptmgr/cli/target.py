@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr.errors import ForeignJournal, InvalidArgument, JournalNotFound
+from ckptmgr.errors import InvalidArgument, JournalNotFound
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -64,9 +64,8 @@ def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tu
     rundir = locate(args)
     require_journal(rundir)
     with Journal.open_read_only(rundir.journal_path) as journal:
-        require_pair(journal, rundir)
-        if directory:
-            require_mark(journal, rundir)
+        judged = directory and rundir.path.is_dir()
+        rundir.require_pair(journal.run_id, managed=judged and bool(journal.series()))
         yield journal, rundir
 
 
@@ -80,43 +79,6 @@ def require_journal(rundir: RunDirectory) -> None:
     rundir.require_journal()
     if not os.path.lexists(rundir.journal_path):
         raise JournalNotFound(f"there is no journal at {rundir.journal_path}", path=str(rundir.journal_path))
-
-
-def require_pair(journal: Journal, rundir: RunDirectory) -> None:
-    """
-    Check, without marking anything, that journal and directory are of one run.
-
-    Raises:
-        ForeignJournal: They are not.
-    """
-    found = rundir.run_id()
-    if found is not None and found != journal.run_id:
-        raise ForeignJournal(
-            f"{rundir.path} belongs to run {found}, but its journal {rundir.journal_path} to run {journal.run_id}",
-            hint="name the run directory's own journal with --journal PATH",
-            path=str(rundir.journal_path),
-            found=journal.run_id,
-            expected=found,
-        )
-
-
-def require_mark(journal: Journal, rundir: RunDirectory) -> None:
-    """
-    Refuse to judge a run directory that does not say which run it is: everything in it would look foreign.
-
-    Raises:
-        ForeignJournal: The journal has checkpoints, the directory stands, and its mark is gone.
-    """
-    from ckptmgr.rundir import RUN_ID_NAME
-
-    if rundir.run_id() is None and rundir.path.is_dir() and journal.checkpoints():
-        raise ForeignJournal(
-            f"{rundir.path} does not say that it belongs to run {journal.run_id}",
-            hint=f"is its file system mounted? If it is, write {journal.run_id} into {rundir.path / RUN_ID_NAME}",
-            path=str(rundir.journal_path),
-            found=journal.run_id,
-            expected="",
-        )
 
 
 @contextlib.contextmanager

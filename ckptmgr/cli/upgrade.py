@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     with target.locked(rundir, COMMAND):
         before, after = upgrade_journal(rundir.journal_path)
         with Journal.open(rundir.journal_path) as journal:
-            target.require_pair(journal, rundir)
+            rundir.require_pair(journal.run_id)
             if before != after:
                 with target.epoch(journal, COMMAND):
                     pass

@@ -10,7 +10,9 @@ from datetime import datetime
 
 from run_on_disk import Call, Run, S, start
 
+from ckptmgr.cli.show import by_rank
 from ckptmgr.lifecycle import Format
+from ckptmgr.manifest import Digest, FileEntry
 
 
 def test_show_names_files_ranks_durations_metrics_and_history(run: Run, ckptmgr: Call) -> None:
@@ -50,6 +52,7 @@ def test_show_names_each_failed_rank(run: Run, ckptmgr: Call) -> None:
 def test_show_prefers_the_committed_attempt_and_lists_the_others(run: Run, ckptmgr: Call) -> None:
     failed = run.save(500, until=S.FAILED, reason="disk full")
     live = run.save(500)
+    run.save(1000)
 
     done = ckptmgr("show", run.directory, 500)
     document = ckptmgr("show", run.directory, 500, "--json").json
@@ -61,11 +64,16 @@ def test_show_prefers_the_committed_attempt_and_lists_the_others(run: Run, ckptm
 
 
 def test_show_sums_files_by_rank(run: Run, ckptmgr: Call) -> None:
-    run.save(500, files={"a": b"12", "b": b"345"})
+    record = run.save(500, files={"a": b"12", "b": b"345"})
+    entries = [
+        FileEntry(name, size, Digest(b"").text, rank) for name, size, rank in (("a", 2, 1), ("b", 3, 0), ("c", 5, 1))
+    ]
 
     document = ckptmgr("show", run.directory, 500, "--json").json
 
+    assert len(document["files"]) == len(run.journal.files(record.id))
     assert document["ranks"] == [{"rank": 0, "files": 1, "bytes": 2}, {"rank": 1, "files": 1, "bytes": 3}]
+    assert by_rank(entries) == [{"rank": 0, "files": 1, "bytes": 3}, {"rank": 1, "files": 2, "bytes": 7}]
 
 
 def test_show_of_an_unknown_step_ends_with_3_and_names_the_series_that_has_it(run: Run, ckptmgr: Call) -> None:

@@ -7,15 +7,18 @@ import dataclasses
 import json
 import os
 import shutil
+import sqlite3
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from child_process import AtComment, AtEffect, arm
+from child_process import AtComment, AtEffect, arm, die
 
 from ckptmgr import durable, recovery
+from ckptmgr.errors import CheckpointError, SaveFailed
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
 from ckptmgr.manager import CheckpointManager, Series
@@ -94,10 +97,10 @@ def assets(run: Path) -> Path:
 
 
 def manager(run: Path, series: Iterable[str] = NAMES, *, keep: int = 1) -> CheckpointManager:
-    formats = {"dcp": DCP(), "hf": HuggingFace(assets=assets(run), max_shard_size=80)}
+    formats = {"dcp": DCP, "hf": lambda: HuggingFace(assets=assets(run), max_shard_size=80)}
     return CheckpointManager(
         run,
-        series=[Series(name, formats[name], keep=KeepLast(keep)) for name in dict.fromkeys(series)],
+        series=[Series(name, formats[name](), keep=KeepLast(keep)) for name in dict.fromkeys(series)],
         timeouts=PATIENCE,
         writers=WriterOptions(nice=0, write_slots=0),
     )
@@ -105,14 +108,9 @@ def manager(run: Path, series: Iterable[str] = NAMES, *, keep: int = 1) -> Check
 
 def train(run: Path, saves: tuple[Save, ...], keep: int = 1) -> None:
     """Save as told, one after the other, and note what was begun and what was acknowledged."""
-    notes = os.open(run.with_name("notes"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-    def note(word: str, save: Save) -> None:
-        os.write(notes, json.dumps([word, save.series, save.step, save.gen]).encode() + b"\n")
-
     with manager(run, [save.series for save in saves], keep=keep) as opened:
         for save in saves:
-            note("begun", save)
+            note(run, "begun", save)
             pending = opened.save(
                 save.step,
                 state(save.series, save.step, save.gen),
@@ -122,7 +120,7 @@ def train(run: Path, saves: tuple[Save, ...], keep: int = 1) -> None:
             )
             assert pending is not None
             pending.wait()
-            note("acknowledged", save)
+            note(run, "acknowledged", save)
 
 
 def without_exchange() -> None:
@@ -148,11 +146,133 @@ def crash_while_saving(run: Path, scenario: Scenario, *faults: AtComment | AtEff
     train(run, scenario.now, scenario.keep)
 
 
-def crash_while_recovering(run: Path, at: AtComment | AtEffect) -> None:
+def crash_while_recovering(run: Path, *faults: AtComment | AtEffect) -> None:
     """Open the run again, as at the next start, and die on the way."""
-    arm(at, run)
+    for fault in faults:
+        arm(fault, run)
     with manager(run):
         pass
+
+
+def recover_without_exchange(run: Path, *faults: AtComment | AtEffect) -> None:
+    """The same where two names cannot be swapped."""
+    without_exchange()
+    crash_while_recovering(run, *faults)
+
+
+def with_trace(run: Path, function: str, args: tuple[Any, ...], *traces: AtEffect) -> None:
+    """Call another of these functions while everything beside the run directory is traced too."""
+    for trace in traces:
+        arm(trace, run.parent)
+    globals()[function](run, *args)
+
+
+def die_after_mkdir(run: Path, trace: AtEffect) -> None:
+    """Create a run and save, but die where the run's or a series' directory was just made and is not synced yet."""
+    arm(trace, run.parents[1])
+    made: list[str] = []
+    sys.addaudithook(lambda event, args: made.append(os.fspath(args[0])) if event == "os.mkdir" else None)
+    real = durable.sync_directory
+
+    def sync_directory(path: Path) -> None:
+        if made and Path(made[-1]).parent == path and not made[-1].endswith(".incomplete"):
+            die()
+        real(path)
+
+    durable.sync_directory = sync_directory
+    train(run, (Save("dcp", 1),))
+
+
+def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit) -> None:
+    """Save while the disk or the journal reports errors; whatever came of it, older ones are whole and the next works."""
+    if not scenario.exchange:
+        without_exchange()
+    for fault in faults:
+        if isinstance(fault, AtEffect):
+            arm(fault, run)
+    try:
+        opened = manager(run, [save.series for save in scenario.now], keep=scenario.keep)
+    except (OSError, CheckpointError) as error:
+        note(run, "refused", scenario.now[0])
+        print(error)
+        return
+    with opened:
+        for fault in faults:
+            if isinstance(fault, BadCommit):
+                fault.arm(opened)
+        for save in scenario.now:
+            note(run, "begun", save)
+            pending = opened.save(
+                save.step, state(save.series, save.step, save.gen), save.series,
+                overwrite=save.overwrite, metrics={"gen": save.gen},
+            )  # fmt: skip
+            assert pending is not None
+            try:
+                pending.wait()
+            except SaveFailed as failed:
+                print(failed)
+                note(run, "failed", save)
+                assert_what_was_acknowledged_is_whole(run)
+            else:
+                note(run, "acknowledged", save)
+        last = Save(scenario.now[-1].series, 40)
+        pending = opened.save(last.step, state(last.series, last.step, 0), last.series, metrics={"gen": 0})
+        assert pending is not None
+        pending.wait()
+        note(run, "acknowledged", last)
+
+
+def assert_what_was_acknowledged_is_whole(run: Path) -> None:
+    """Right after a failure, before anything is recovered."""
+    rundir = RunDirectory(run)
+    with Journal.open_read_only(rundir.journal_path) as journal:
+        live = journal.checkpoints(live_only=True)
+        for word, series, step, _ in list(notes(run)):
+            if word == "acknowledged":
+                (row,) = (row for row in live if (row.series, row.step) == (series, step))
+                assert rundir.verify(row.directory, journal.files(row.id), digests=True) == ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BadCommit:
+    """
+    SQLite reports that the n-th COMMIT failed, once: before it did anything, or after it was done.
+
+    The connection is a real one; only its answer is not.
+    """
+
+    nth: int
+    done: bool
+
+    def arm(self, opened: CheckpointManager) -> None:
+        """From the manager's next transaction on."""
+        bad = self
+        connect = sqlite3.connect
+        seen = 0
+
+        class Connection(sqlite3.Connection):
+            def commit(self) -> None:
+                nonlocal seen
+                seen += self.in_transaction and self.total_changes > self.before
+                wrong, self.before = seen == bad.nth and self.total_changes > self.before, self.total_changes
+                if wrong and not bad.done:
+                    raise sqlite3.OperationalError("disk I/O error")
+                super().commit()
+                if wrong:
+                    raise sqlite3.OperationalError("disk I/O error")
+
+            before = 0
+
+        sqlite3.connect = lambda *args, **kwargs: connect(*args, **kwargs | {"factory": Connection})
+        assert opened._journal is not None
+        opened._journal._database._discard()
+
+
+def crash_while_creating(run: Path, at: AtComment | AtEffect) -> None:
+    """Open a run that does not exist yet, and save once."""
+    run.parents[1].mkdir(parents=True, exist_ok=True)
+    arm(at, run.parent)
+    train(run, (Save("dcp", 1),))
 
 
 def recover_once(run: Path) -> None:
@@ -162,6 +282,12 @@ def recover_once(run: Path) -> None:
 
 
 # --- what must hold ----------------------------------------------------------------------------
+
+
+def note(run: Path, word: str, save: Save) -> None:
+    """Write down what the trainer was told."""
+    with run.with_name("notes").open("a") as stream:
+        stream.write(json.dumps([word, save.series, save.step, save.gen]) + "\n")
 
 
 def notes(run: Path) -> Iterator[tuple[str, str, int, int]]:

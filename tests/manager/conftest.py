@@ -6,33 +6,14 @@ import contextlib
 import gc
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from opened_managers import Open, Pause, leftovers
 
 from ckptmgr import CheckpointManager, Timeouts, WriterOptions
-
-
-def leftovers() -> list[str]:
-    """What a manager may hold while it is open and must not hold afterwards: threads, processes, memory."""
-    threads = [f"thread {thread.name}" for thread in threading.enumerate() if thread.name.startswith("ckptmgr")]
-    children = [
-        f"process {' '.join(child.cmdline())}"
-        for child in psutil.Process().children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE and "ckptmgr.writers.worker" in child.cmdline()
-    ]
-    memory = []
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = str(entry.readlink())
-            if "memfd:ckptmgr" in target or ".journal." in target:
-                memory.append(f"descriptor {target}")
-    return threads + children + memory
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +21,6 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert not leftovers()
-
-
-Open = Callable[..., CheckpointManager]
 
 
 @pytest.fixture
@@ -60,9 +38,6 @@ def open_manager(run_dir: Path) -> Iterator[Open]:
     for manager in opened:
         with contextlib.suppress(Exception):
             manager.close(5)
-
-
-Pause = Callable[[CheckpointManager], AbstractContextManager[int]]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Open
+from opened_managers import Open
 from tiny_models import mixture_of_experts, perceptron, same, train_step, whole_state
 from torch import nn
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Open, Pause
+from opened_managers import Open, Pause
 from tiny_models import perceptron, same, whole_state
 
 from ckptmgr import (

@@ -500,24 +500,35 @@ def losses_in_words(report: Report) -> str:
 
 
 def figures(folder: Path) -> str:
-    """For how long saving held up the training, and how long it took in the background, one line per series."""
-    lines = []
+    """For how long saving held up the training, and how long it took in the background, as a table."""
+    rows = [("", "", "training waited", "", "", "committed in the background", "")]
+    rows.append(("", "size", "median", "at most", "the first time", "median", "at most"))
     events = [event for name in ("uninterrupted", "resumed") for event in report_of(folder, name).events("save")]
     for series in dict.fromkeys(event["series"] for event in events):
-        waits = [1000 * event["stall_s"] for event in events if event["series"] == series]
-        committed = [
+        # The first save of a run also plans and allocates memory.
+        first, *waits = (1000 * event["stall_s"] for event in events if event["series"] == series)
+        records = [
             record
             for run in ("uninterrupted", "interrupted")
             for record in committed_in(folder / run)
             if record.series == series
         ]
-        took = [(record.committed_at or 0) - record.created_at for record in committed]
-        lines.append(
-            f"{series:10} {max(record.bytes for record in committed) / 1e6:6.1f} MB   "
-            f"training waited {statistics.median(waits):.0f} ms (at most {max(waits):.0f})   "
-            f"committed after {statistics.median(took):.2f} s (at most {max(took):.2f})"
+        took = [(record.committed_at or 0) - record.created_at for record in records]
+        rows.append(
+            (
+                series,
+                f"{max(record.bytes for record in records) / 1e6:.1f} MB",
+                f"{statistics.median(waits):.0f} ms",
+                f"{max(waits):.0f} ms",
+                f"{first:.0f} ms",
+                f"{statistics.median(took):.2f} s",
+                f"{max(took):.2f} s",
+            )
         )
-    return "\n".join(lines)
+    return "\n".join(
+        f"{name:10}  {size:>8}  {median:16} {most:8} {first:15}  {took:7} {longest}".rstrip()
+        for name, size, median, most, first, took, longest in rows
+    )
 
 
 def committed_in(run: Path) -> list[CheckpointRecord]:

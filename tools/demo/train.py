@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -62,6 +63,8 @@ def train(options: argparse.Namespace, report: Report) -> None:
         resumed = manager.resume(state)
         manager.warm_up(state)
         manager.warm_up({"model": model}, series="hf")
+        # Or Python's garbage collector visits all of torch now and then, which takes longer than any capture.
+        gc.freeze()
         report.write("start", step=resumed.step if resumed else 0, **facts(model), **hashes(model, optimizer))
         for step in range(resumed.step + 1 if resumed else 1, options.steps + 1):
             loss = model(**loader.batch()).loss

@@ -75,7 +75,7 @@ def load_dcp(model: transformers.PreTrainedModel, directory: Path, key: str) -> 
         tensor.fill_(math.nan if tensor.is_floating_point() else 0)
     try:
         load_checkpoint(weights, storage_reader=FileSystemReader(directory), no_dist=True)
-    except Exception as error:  # noqa: BLE001 - DCP wraps whatever happened in exceptions of its own
+    except Exception as error:
         raise CheckFailed(f"{directory} cannot be loaded: {error}") from error
 
 
@@ -142,7 +142,7 @@ def load_logits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         return stored["input_ids"], stored["logits"]
-    except Exception as error:  # noqa: BLE001 - many kinds, all meaning the same
+    except Exception as error:
         raise CheckFailed(f"{path} holds no input_ids and logits: {error!r}") from error
 
 

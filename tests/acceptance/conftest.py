@@ -1,0 +1,8 @@
+"""The demonstration's own code, as a module."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "demo"))
