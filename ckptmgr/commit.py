@@ -59,7 +59,11 @@ class Committed:
 
 @dataclasses.dataclass
 class Job:
-    """One save on its way through the finalizer. *number* counts saves and is the same on every rank."""
+    """
+    One save on its way through the finalizer.
+
+    *number* counts saves; *frame* is how long a rank's report may be, in bytes. Both are the same on every rank.
+    """
 
     number: int
     series: str
@@ -73,6 +77,7 @@ class Job:
     metrics: Mapping[str, float]
     per_rank: tuple[str, ...]
     overwrite: bool
+    frame: int
     cause: str | None = None
     state: CheckpointState | None = None
     failure: SaveFailed | None = None
@@ -150,6 +155,7 @@ class Leader:
             )  # fmt: skip
             attempt = Attempt(record, Lifecycle(record.state, self._recorder(record.id)))
             # Crash here: PREWRITTEN without a staging directory; recovery marks it FAILED.
+            self._clear_name(record)
             staging = self._rundir.create_staging(record)
             # Crash here: PREWRITTEN with an empty staging directory; recovery removes it.
             for name, data in job.writer.prewrite(staging):
@@ -274,6 +280,13 @@ class Leader:
 
         return record
 
+    def _clear_name(self, record: CheckpointRecord) -> None:
+        """Delete what is being retired under this very name now, instead of after the hooks of an earlier commit."""
+        if record.overwrites is None and self._rundir.exists(record.directory):
+            for old in self._journal.checkpoints(series=record.series):
+                if old.directory == record.directory and old.retire_started_at is not None and old.retired_at is None:
+                    self._retire_one(old)
+
     def _check_epoch(self, record: CheckpointRecord) -> None:
         newest = self._journal.current_epoch()
         if newest != self._epoch:
@@ -318,18 +331,21 @@ class Leader:
             for record in self._journal.checkpoints(series=series):
                 if record.retire_started_at is None or record.retired_at is not None:
                     continue
-                with self._deleting:
-                    self._check_epoch(record)
-                    # Crash here: COMMITTED and retiring under its final name; recovery finishes it.
-                    self._rundir.retire(record)
-                    # Crash here: the directory is gone, the row still says retiring; recovery finishes it.
-                    self._journal.finish_retirement(record.id, epoch=self._epoch)
+                self._retire_one(record)
         except (OSError, CheckpointError):
             log.exception("retiring checkpoints of %s stopped; it goes on after the next commit", series)
 
+    def _retire_one(self, record: CheckpointRecord) -> None:
+        with self._deleting:
+            self._check_epoch(record)
+            # Crash here: COMMITTED and retiring under its final name; recovery finishes it.
+            self._rundir.retire(record)
+            # Crash here: the directory is gone, the row still says retiring; recovery finishes it.
+            self._journal.finish_retirement(record.id, epoch=self._epoch)
+
     def _do_chores(self) -> None:
         while (chore := self._chores.get()) is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):  # nothing that a hook does may end this thread
                 chore()
 
 
@@ -343,7 +359,7 @@ def _write_small(staging: Path, name: str, data: bytes) -> FileEntry:
 def _call(hook: Callable[[Committed], Any], event: Committed) -> None:
     try:
         hook(event)
-    except Exception:
+    except BaseException:
         log.exception("the on_commit hook %r failed for %s step %d", hook, event.series, event.step)
 
 

@@ -28,6 +28,9 @@ from ckptmgr.writers.process import WriterProcess
 
 log = logging.getLogger("ckptmgr")
 
+#: Characters of a cause that travel between ranks.
+MAX_CAUSE = 1000
+
 _GO, _WRITTEN, _READ_BACK, _DIGESTS, _OUTCOME, _TICKS, _DUE = range(7)
 
 
@@ -115,7 +118,7 @@ class Finalizer:
         self._options = options
         self._slots = f"ckptmgr-{os.getuid()}-{run_id}"
         self._leader = leader
-        self._writer = WriterProcess(options, start_s=timeouts.setup_s)
+        self._writer = WriterProcess(options)
         self._queue: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="ckptmgr-finalizer", daemon=True)
@@ -132,8 +135,8 @@ class Finalizer:
         done = threading.Event()
 
         def start() -> None:
-            causes.append(self._writer.start())
-            causes.extend(self._writer.share(arena) for arena in arenas if arena.size)
+            causes.append(self._writer.start(self._timeouts.setup_s))
+            causes.extend(self._writer.share(arena, self._timeouts.setup_s) for arena in arenas if arena.size)
             done.set()
 
         self._queue.put(start)
@@ -200,7 +203,7 @@ class Finalizer:
         mine = self._write(job, go)
         patience = self._timeouts.write_s + self._timeouts.gather_s
         asked = time.monotonic()
-        written = self._ranks.collect(job.number, _WRITTEN, mine, patience)
+        written = self._ranks.collect(job.number, _WRITTEN, mine, patience, frame=job.frame)
         gather_s = time.monotonic() - asked
         if go.cause is not None:
             failures: tuple[RankFailure, ...] = (self._own_failure(go.cause),)
@@ -224,8 +227,8 @@ class Finalizer:
                 failures = (self._own_failure(cause),) if cause is not None else ()
         if failures and attempt is not None:
             leader.fail(attempt, failures)
-        heard = [rank for rank in written if rank != 0]
-        self._ranks.order(job.number, _OUTCOME, failures, self._timeouts.gather_s, to=heard)
+        silent = {failure.rank for failure in failures if failure.silent}
+        self._ranks.order(job.number, _OUTCOME, failures, self._timeouts.gather_s, silent=silent)
         if attempt is not None and not failures:
             leader.after_commit(attempt, job)
         return failures
@@ -236,7 +239,7 @@ class Finalizer:
         self._ranks.order(job.number, _READ_BACK, shares, self._timeouts.gather_s)
         mine = self._digest(go, shares[0])
         patience = self._timeouts.write_s + self._timeouts.gather_s
-        answers = self._ranks.collect(job.number, _DIGESTS, mine, patience)
+        answers = self._ranks.collect(job.number, _DIGESTS, mine, patience, frame=job.frame)
         failures = self._failures(answers)
         return [entry for answer in answers.values() for entry in answer.files], failures
 
@@ -257,10 +260,11 @@ class Finalizer:
         longest = self._timeouts.write_s + 2 * self._timeouts.gather_s
         try:
             _, go = self._ranks.await_order(job.number, (_GO,), self._timeouts.collective_s)
-            self._ranks.report(job.number, _WRITTEN, self._write(job, go), longest)
+            self._ranks.report(job.number, _WRITTEN, self._write(job, go), longest, frame=job.frame)
             stage, value = self._ranks.await_order(job.number, (_READ_BACK, _OUTCOME), longest)
             if stage == _READ_BACK:
-                self._ranks.report(job.number, _DIGESTS, self._digest(go, value[self._ranks.rank]), longest)
+                mine = self._digest(go, value[self._ranks.rank])
+                self._ranks.report(job.number, _DIGESTS, mine, longest, frame=job.frame)
                 _, value = self._ranks.await_order(job.number, (_OUTCOME,), longest)
         except TimeoutError as error:
             return (RankFailure(0, self._ranks.host_of(0), f"no word from rank 0: {error}", True),)
@@ -274,20 +278,28 @@ class Finalizer:
         if self._closing and answer.cause is None:
             answer = Answer(cause="the manager is closing")
         if answer.cause is None and job.files:
-            cause = self._writer.share(job.arena) if job.arena.size else self._writer.start()
+            # One limit for all that the writer does, or a rank that is still waiting for it would pass for silent.
+            deadline = time.monotonic() + self._timeouts.write_s
+            if job.arena.size:
+                cause = self._writer.share(job.arena, self._timeouts.write_s)
+            else:
+                cause = self._writer.start(self._timeouts.write_s)
             write = WriteJob(
                 directory=go.directory, arena=job.arena.number, files=job.files, rank=self._ranks.rank,
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
             )  # fmt: skip
-            answer = Answer(cause=cause) if cause is not None else self._writer.do(write, self._timeouts.write_s)
+            answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
+        if answer.cause is not None:
+            return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
         return _Written(answer, job.report, job.stage_s)
 
     def _digest(self, go: Go, paths: tuple[str, ...]) -> Answer:
         if not paths:
             return Answer()
-        if (cause := self._writer.start()) is not None:
+        if (cause := self._writer.start(self._timeouts.write_s)) is not None:
             return Answer(cause=cause)
-        return self._writer.do(DigestJob(go.directory, paths, self._ranks.rank), self._timeouts.write_s)
+        answer = self._writer.do(DigestJob(go.directory, paths, self._ranks.rank), self._timeouts.write_s)
+        return answer if answer.cause is None else Answer(cause=answer.cause[:MAX_CAUSE])
 
     def _agree_on_tick(self, job: Job, failures: Sequence[RankFailure]) -> None:
         mine = self._ticks.propose()
@@ -296,12 +308,13 @@ class Finalizer:
         try:
             if self._ranks.world_size == 1:
                 due = mine
-            elif self._ranks.rank == 0 and not gone:
-                proposals = self._ranks.collect(job.number, _TICKS, mine, self._timeouts.gather_s)
+            elif self._ranks.rank == 0:
+                there = [rank for rank in range(self._ranks.world_size) if rank not in gone]
+                proposals = self._ranks.collect(job.number, _TICKS, mine, self._timeouts.gather_s, of=there, late=True)
                 due = max(proposals.values())
-                self._ranks.order(job.number, _DUE, due, self._timeouts.gather_s)
-            elif not gone:
-                self._ranks.report(job.number, _TICKS, mine, self._timeouts.gather_s)
+                self._ranks.order(job.number, _DUE, due, self._timeouts.gather_s, silent=gone)
+            elif not {0, self._ranks.rank} & gone:
+                self._ranks.report(job.number, _TICKS, mine, self._timeouts.gather_s, late=True)
                 _, due = self._ranks.await_order(job.number, (_DUE,), self._timeouts.gather_s)
         except TimeoutError as error:
             log.warning("ranks may learn of the failed save at different steps: %s", error)

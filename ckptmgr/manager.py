@@ -44,7 +44,7 @@ from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState, Format
 from ckptmgr.options import Timeouts, WriterOptions
-from ckptmgr.ranks import Ranks
+from ckptmgr.ranks import FRAME, Ranks
 from ckptmgr.retention import KeepAll, KeepRule
 from ckptmgr.rundir import RunDirectory, check_series_name
 from ckptmgr.writers import dcp
@@ -564,9 +564,10 @@ class CheckpointManager:
             first.add_note(f"and: {other}")
         if self._on_failure == "raise":
             raise first
-        warnings.warn(str(first), RuntimeWarning, stacklevel=3)
         if self._on_failure == "terminate":
+            log.critical("%s; terminating this process, as on_failure says", first)
             signal.raise_signal(signal.SIGTERM)
+        warnings.warn(str(first), RuntimeWarning, stacklevel=3)
 
     def _rank_0_word(self, series: str, step: int, previous: Job | None, busy: WhenBusy, *, overwrite: bool) -> int:
         """What rank 0 says to this save; the other ranks' word does not count."""
@@ -624,6 +625,7 @@ class CheckpointManager:
         places = self._ranks.gather(place)
         if places is not None:
             plan.writer.accept_layouts(places)
+        plan.frame = FRAME + max(extra for (extra,) in self._ranks.agree([plan.writer.report_bytes(taken)]))
         plan.signature = taken.signature
 
     def _capture(
@@ -645,7 +647,7 @@ class CheckpointManager:
         return Job(
             number=self._number, series=series.name, step=step, keep=series.keep, writer=plan.writer, arena=plan.arena,
             files=tuple(files), report=report, stage_s=time.monotonic() - started, metrics=metrics,
-            per_rank=taken.per_rank_names, overwrite=overwrite, cause=cause,
+            per_rank=taken.per_rank_names, overwrite=overwrite, frame=plan.frame, cause=cause,
         )  # fmt: skip
 
     def _choose(
@@ -686,6 +688,7 @@ class _Plan:
     writer: Any
     arena: Arena
     layout: Any = None
+    frame: int = FRAME
     signature: bytes | None = None
 
     def adopt(self) -> None:

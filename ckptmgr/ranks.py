@@ -8,8 +8,9 @@ never mix with the training's and one that breaks does not take the others along
 - *reports*: from every rank's finalizer thread to rank 0's;
 - *orders*: from rank 0's finalizer thread to every other rank's.
 
-Reports and orders are point-to-point messages of one small frame (longer ones have a second), so that
-rank 0 knows exactly who has answered when time is up. Without ``torch.distributed`` there is one rank.
+Reports and orders are point-to-point messages, so that rank 0 knows exactly who has answered when time
+is up: a report is one frame, as long as the save's plan needs; an order that is longer has a second one.
+Without ``torch.distributed`` there is one rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import datetime
 import pickle
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ import torch.distributed as dist
 from ckptmgr.errors import CheckpointError, RankFailure, RanksDisagree, SetupFailed
 from ckptmgr.options import Timeouts
 
-_FRAME = 4096
+#: Bytes of an order, and of a report unless its save needs longer ones.
+FRAME = 4096
 _HEADER = 3  # int64: message number, round, length in bytes
 
 
@@ -52,6 +54,8 @@ class Ranks:
         self._calls: Any = None
         self._reports: Any = None
         self._orders: Any = None
+        #: Sends that nobody waits for; Gloo reads from their tensors until they are taken or their group is gone.
+        self._unfinished: list[Any] = []
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank = dist.get_rank()
             self.world_size = dist.get_world_size()
@@ -73,10 +77,9 @@ class Ranks:
         if self.world_size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
-        everyone = torch.empty(self.world_size * len(values), dtype=torch.int64)
-        self._meet(lambda: dist.all_gather_into_tensor(everyone, mine, group=self._calls))
-        rows: list[list[int]] = everyone.view(self.world_size, len(values)).tolist()
-        return rows
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._meet(lambda: dist.all_gather(everyone, mine, group=self._calls))
+        return [row.tolist() for row in everyone]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's *value*, on every rank. All ranks must call."""
@@ -121,7 +124,11 @@ class Ranks:
             return
         errors = self.broadcast(self.gather(_portable(error)))
         failed = {rank: e for rank, e in enumerate(errors) if e is not None}
-        if len(failed) == 1 and isinstance(only := next(iter(failed.values())), CheckpointError):
+        if (
+            len(failed) == 1
+            and type(only := next(iter(failed.values()))) is not CheckpointError
+            and isinstance(only, CheckpointError)
+        ):
             raise only from error
         failures = tuple(RankFailure(rank, self.host_of(rank), _words(e)) for rank, e in failed.items())
         raise SetupFailed(f"{what} failed: {'; '.join(map(str, failures))}", failures=failures) from error
@@ -130,22 +137,27 @@ class Ranks:
         """Replace the background groups after one of them broke. All ranks must call, with their finalizers idle."""
         if self.world_size > 1:
             self._destroy(self._reports, self._orders)
+            self._unfinished.clear()
             self._open_background()
         self.broken = False
 
     # -- on the finalizer threads ----------------------------------------------------------------
 
-    def order(self, number: int, stage: int, value: Any, timeout_s: float, *, to: Sequence[int] | None = None) -> None:
+    def order(self, number: int, stage: int, value: Any, timeout_s: float, *, silent: Collection[int] = ()) -> None:
         """
-        Rank 0 only: send *value* to the other ranks (all, or those in *to*).
+        Rank 0 only: send *value* to the other ranks.
 
         Who does not take it within *timeout_s* seconds, or is gone, is skipped: it will not report either.
+        For ranks in *silent* nobody waits; one that wakes up finds it.
         """
-        frames = _frames(number, stage, value)
-        targets = [rank for rank in (range(self.world_size) if to is None else to) if rank != 0]
-        sent = [work for rank in targets for work in self._send(frames, rank, self._orders)]
-        for work in sent:
-            self._wait(work, timeout_s)
+        frames = _frames(number, stage, value, FRAME)
+        sent = {rank: self._send(frames, rank, self._orders) for rank in range(1, self.world_size)}
+        for rank, works in sent.items():
+            if rank in silent:
+                self._unfinished.append((works, frames))
+                continue
+            for work in works:
+                self._wait(work, timeout_s)
 
     def await_order(self, number: int, stages: Sequence[int], timeout_s: float) -> tuple[int, Any]:
         """
@@ -155,34 +167,60 @@ class Ranks:
             TimeoutError: Nothing came within *timeout_s* seconds, or rank 0 is gone.
         """
         deadline = time.monotonic() + timeout_s
-        return self._receive(0, self._orders, number=number, stages=stages, deadline=deadline)
+        return self._receive(0, self._orders, FRAME, number=number, stages=stages, deadline=deadline)
 
-    def report(self, number: int, stage: int, value: Any, timeout_s: float) -> None:
-        """Send *value* to rank 0, which may take *timeout_s* seconds to listen. Not on rank 0."""
-        for work in self._send(_frames(number, stage, value), 0, self._reports):
+    def report(
+        self, number: int, stage: int, value: Any, timeout_s: float, *, frame: int = FRAME, late: bool = False
+    ) -> None:
+        """
+        Send *value* to rank 0, which may take *timeout_s* seconds to listen. Not on rank 0.
+
+        Args:
+            number: Which save.
+            stage: Which of its messages.
+            value: What to say; must fit into *frame* bytes.
+            timeout_s: In seconds.
+            frame: As rank 0 expects it.
+            late: After the outcome, when a silent rank may have broken the reports' group: goes the orders' way.
+        """
+        group = self._orders if late else self._reports
+        for work in self._send(_frames(number, stage, value, frame), 0, group):
             self._wait(work, timeout_s)
 
-    def collect(self, number: int, stage: int, mine: Any, timeout_s: float) -> dict[int, Any]:
+    def collect(
+        self,
+        number: int,
+        stage: int,
+        mine: Any,
+        timeout_s: float,
+        *,
+        frame: int = FRAME,
+        of: Collection[int] | None = None,
+        late: bool = False,
+    ) -> dict[int, Any]:
         """
-        Rank 0 only: every rank's report, with rank 0's own *mine*.
+        Rank 0 only: the reports of every rank (or those in *of*), with rank 0's own *mine*.
+
+        A report is one frame, received where it was posted: Gloo gives up a whole group when one
+        receive runs out of time, so nothing may be left to fetch from the ranks that have answered.
 
         Returns:
             The reports by rank. A rank that is missing was silent for *timeout_s* seconds, or is gone.
         """
         deadline = time.monotonic() + timeout_s
         found = {0: mine}
-        buffers = {rank: _empty_frame() for rank in range(1, self.world_size)}
+        group = self._orders if late else self._reports
+        buffers = {rank: torch.empty(frame, dtype=torch.uint8) for rank in of or range(self.world_size) if rank}
         pending = {}
         for rank, buffer in buffers.items():
             with self._noticing():
-                pending[rank] = dist.irecv(buffer, src=rank, group=self._reports)
+                pending[rank] = dist.irecv(buffer, src=rank, group=group)
         for rank, work in pending.items():
-            if not self._wait(work, max(0.001, deadline - time.monotonic())):
-                continue
-            with contextlib.suppress(TimeoutError):
-                _, found[rank] = self._complete(
-                    buffers[rank], rank, self._reports, number=number, stages=(stage,), deadline=deadline
-                )
+            if self._wait(work, max(0.001, deadline - time.monotonic())):
+                with contextlib.suppress(TimeoutError):
+                    _, found[rank] = self._complete(
+                        buffers[rank], rank, group, number=number, stages=(stage,), deadline=deadline
+                    )
         return found
 
     def host_of(self, rank: int) -> str:
@@ -242,9 +280,9 @@ class Ranks:
         return False
 
     def _receive(
-        self, rank: int, group: Any, *, number: int, stages: Sequence[int], deadline: float
+        self, rank: int, group: Any, frame: int, *, number: int, stages: Sequence[int], deadline: float
     ) -> tuple[int, Any]:
-        buffer = _empty_frame()
+        buffer = torch.empty(frame, dtype=torch.uint8)
         work = None
         with self._noticing():
             work = dist.irecv(buffer, src=rank, group=group)
@@ -268,20 +306,16 @@ class Ranks:
         if found == number and stage in stages:
             return stage, pickle.loads(body[:length].numpy().tobytes())  # noqa: S301 - from our own ranks
         if (found, stage) < (number, min(stages)):  # a late message of a save that has failed meanwhile
-            return self._receive(rank, group, number=number, stages=stages, deadline=deadline)
+            return self._receive(rank, group, len(buffer), number=number, stages=stages, deadline=deadline)
         raise TimeoutError(f"rank {rank} is at save {found}, stage {stage}; expected {number}, {list(stages)}")
 
 
-def _empty_frame() -> torch.Tensor:
-    return torch.empty(_FRAME, dtype=torch.uint8)
-
-
-def _frames(number: int, stage: int, value: Any) -> list[torch.Tensor]:
+def _frames(number: int, stage: int, value: Any, size: int) -> list[torch.Tensor]:
     data = pickle.dumps(value)
-    frame = torch.zeros(max(_FRAME, _HEADER * 8 + len(data)), dtype=torch.uint8)
+    frame = torch.zeros(max(size, _HEADER * 8 + len(data)), dtype=torch.uint8)
     frame[: _HEADER * 8].view(torch.int64).copy_(torch.tensor([number, stage, len(data)]))
     frame[_HEADER * 8 : _HEADER * 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return [part for part in (frame[:_FRAME], frame[_FRAME:]) if len(part)]
+    return [part for part in (frame[:size], frame[size:]) if len(part)]
 
 
 def _portable(error: Exception | None) -> Exception | str | None:

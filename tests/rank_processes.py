@@ -366,6 +366,6 @@ def _trace(error: BaseException) -> str:
             if frame.locals is not None:
                 ours = frame.filename == __file__
                 inside = not ours and ("/tests/" in frame.filename or "/ckptmgr/" in frame.filename)
-                frame.locals = {k: v[:300] for k, v in frame.locals.items()} if inside else None
+                frame.locals = {k: v[:160] for k, v in frame.locals.items()} if inside else None
         chained = chained.__cause__ or chained.__context__
     return "".join(told.format())

@@ -37,7 +37,7 @@ def poll_until_failure(here: Here, manager: CheckpointManager, limit_s: float = 
         except SaveFailed as failure:
             return count, failure
         assert time.monotonic() < deadline, f"rank {here.rank} never heard of the failed save"
-        time.sleep(0.002 + 0.01 * here.rank)
+        time.sleep(0.01 + 0.004 * here.rank)
     raise AssertionError
 
 

@@ -213,9 +213,10 @@ def move_aside(journal: Path) -> Path | None:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = journal.with_name(f"{journal.name}.corrupt-{stamp}")
     # The database first: a rollback journal without one is harmless, while a database without its
-    # rollback journal could pass for a whole one. Crash here: the next rebuild moves the other.
+    # rollback journal could pass for a whole one.
     with contextlib.suppress(FileNotFoundError):
         durable.rename_new(journal, aside)
+    # Crash here: a rollback journal without its database; the next rebuild moves it too.
     with contextlib.suppress(FileNotFoundError):
         durable.rename_new(Path(f"{journal}-journal"), Path(f"{aside}-journal"))
     durable.sync_directory(journal.parent)

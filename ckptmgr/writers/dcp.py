@@ -6,8 +6,8 @@ reads; the bytes are laid out here. A ``.distcp`` file is a row of ``torch.save`
 piece (torch/distributed/checkpoint/filesystem.py, 2.13). Everything in such an archive but the
 tensor's own bytes is the same from save to save, so it is put into the arena once, and a capture moves
 tensor bytes only. Files of rank R: ``__R_0.distcp`` tensors, ``__R_1.distcp`` other values,
-``per-rank-R.pt`` its `PerRank` state; of rank 0 also ``.metadata`` and, where a mapping has integer
-keys, ``int-keys.json``: DCP turns such keys into text, and they must come back as they were.
+``per-rank-R.pt`` its `PerRank` state; of rank 0 also ``.metadata`` and, where there is something to tell,
+``mappings.json``: DCP turns integer keys into text and drops empty mappings, and both must come back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from ckptmgr.writers import state as states
 from ckptmgr.writers.arena import Copy, Layout, aligned
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
 
-INT_KEYS_NAME = "int-keys.json"
+MAPPINGS_NAME = "mappings.json"
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 _Path = tuple[str | int, ...]
-_Paths = frozenset[_Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Taken:
     objects: dict[MetadataIndex, bytes]
     per_rank: bytes | None
     per_rank_names: tuple[str, ...]
-    int_keys: list[_Path]
+    mappings: _Mappings
     signature: bytes
 
 
@@ -100,15 +101,13 @@ class DCPWriter:
         digest = hashlib.blake2b(digest_size=16)
         for item in plan.items:
             data = item.tensor_data
+            if data is not None:
+                _check_dense(item.index.fqn, planner.lookup_object(item.index))
             about = (data.properties.dtype, data.size, data.chunk.sizes) if data is not None else ()
             digest.update(repr((item.index, item.type, about)).encode())
         digest.update(repr(sorted(per_rank)).encode())
-        int_keys = [
-            path
-            for name, value in state_dicts.items()
-            if not isinstance(shared[name], torch.nn.Module | torch.optim.Optimizer)
-            for path in _integer_keys(value, (name,))
-        ]
+        strict = (torch.nn.Module, torch.optim.Optimizer)
+        mappings = _Mappings.of({name: d for name, d in state_dicts.items() if not isinstance(shared[name], strict)})
         objects = {
             item.index: states.dump(planner.lookup_object(item.index), f"state {item.index.fqn!r}")
             for item in plan.items
@@ -116,7 +115,7 @@ class DCPWriter:
         }
         own = {name: value.take() for name, value in per_rank.items()}
         blob = states.dump(own, "per-rank state") if own else None
-        return Taken(planner, plan, objects, blob, tuple(sorted(own)), int_keys, digest.digest())
+        return Taken(planner, plan, objects, blob, tuple(sorted(own)), mappings, digest.digest())
 
     def local_plan(self, taken: Taken) -> SavePlan:
         """What rank 0 must know of this rank to plan."""
@@ -168,6 +167,12 @@ class DCPWriter:
         """Rank 0 only: remember where every rank's pieces stand."""
         self._tensor_places = dict(pair for of_rank in places for pair in of_rank)
 
+    def report_bytes(self, taken: Taken) -> int:
+        """How many bytes this rank's report on a save takes beyond a plain answer: the length of each value."""
+        del taken
+        assert self._mine is not None
+        return 16 * len(self._mine.items)
+
     def sources(self, taken: Taken) -> dict[object, torch.Tensor]:
         """The tensors to capture, by the keys of the layout's copies."""
         assert self._mine is not None
@@ -190,9 +195,9 @@ class DCPWriter:
         if blobs:
             data = b"".join(blobs)
             files.append(FileJob(f"__{rank}_1.distcp", len(data), own=True, data=data))
-        if rank == 0 and taken.int_keys:
-            data = json.dumps(sorted(taken.int_keys, key=str)).encode()
-            files.append(FileJob(INT_KEYS_NAME, len(data), own=True, data=data))
+        if rank == 0 and taken.mappings != _Mappings():
+            data = taken.mappings.to_json()
+            files.append(FileJob(MAPPINGS_NAME, len(data), own=True, data=data))
         if taken.per_rank is not None:
             files.append(FileJob(per_rank_name(rank), len(taken.per_rank), own=True, data=taken.per_rank))
         return files, [len(blob) for blob in blobs]
@@ -221,6 +226,11 @@ class DCPWriter:
         yield ".metadata", pickle.dumps(metadata)
 
 
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise InvalidArgument(f"{name!r} is not a dense tensor with data ({tensor.layout}, {tensor.device})")
+
+
 def per_rank_name(rank: int) -> str:
     """The file of one rank's `PerRank` state."""
     return f"per-rank-{rank}.pt"
@@ -247,11 +257,11 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         CorruptCheckpoint: A file is not what a checkpoint holds.
     """
     shared, per_rank = states.split(state)
-    stored = {}
+    stored: dict[str, Any] = {}
     wanted = {name: value for name, value in per_rank.items() if same_world or value.when_resized == "refuse"}
     if wanted:
         path = directory / per_rank_name(rank)
-        stored = states.load(_read_bytes(path), str(path))
+        stored = states.load(_read_bytes(path), str(path)) if path.exists() else {}
         if missing := sorted(wanted.keys() - stored.keys()):
             raise StateMismatch(f"the checkpoint has no per-rank state for {missing}", missing=tuple(missing))
     plain: dict[str, Any] = {}
@@ -260,9 +270,9 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         metadata = reader.read_metadata()
         states.ready_optimizers(shared)
         target = states.take(shared)
-        int_keys = _read_integer_keys(directory / INT_KEYS_NAME)
-        _shape_to(metadata, shared, target, int_keys)
-        planner = _LoadPlanner(str(directory), int_keys)
+        mappings = _Mappings.read(directory / MAPPINGS_NAME)
+        _shape_to(metadata, shared, target, mappings)
+        planner = _LoadPlanner(str(directory), mappings)
         planner.set_up_planner(target, metadata, is_coordinator=rank == 0)
         try:
             plan = planner.create_local_plan()
@@ -285,7 +295,7 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
     return plain
 
 
-def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, Any], int_keys: _Paths) -> None:
+def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, Any], mappings: _Mappings) -> None:
     """
     Make *target* ask for what the checkpoint has, for objects whose state dict grows as they are used.
 
@@ -300,6 +310,9 @@ def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, A
             kept = {path[2] for path in paths.values() if path[:2] == (name, "state") and len(path) > 2}
             of_params = target[name].get("state", {})
             target[name]["state"] = {key: entry for key, entry in of_params.items() if str(key) in kept}
+        for path in mappings.empty:
+            if path[0] == name and len(path) > 1:
+                _set(target, path, {}, mappings, replace=False)
         present = set(flatten_state_dict({name: target[name]})[1].values())
         for fqn, path in paths.items():
             if path[0] == name and not any(path[:depth] in present for depth in range(1, len(path) + 1)):
@@ -307,20 +320,22 @@ def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, A
                 empty = None
                 if isinstance(about, TensorStorageMetadata):
                     empty = torch.empty(about.size, dtype=about.properties.dtype)
-                _set(target, path, empty, int_keys)
+                _set(target, path, empty, mappings)
 
 
-def _set(root: dict[str, Any], path: _Path, value: Any, int_keys: _Paths) -> None:
+def _set(root: dict[str, Any], path: _Path, value: Any, mappings: _Mappings, *, replace: bool = True) -> None:
     """Put *value* where DCP's flattened *path* leads, with the keys that the mappings on the way really have."""
     here: Any = root
     for depth, part in enumerate(path):
         if isinstance(here, dict):
-            key = _own_key(here, part, as_integer=path[: depth + 1] in int_keys)
+            key = _own_key(here, part, as_integer=path[: depth + 1] in mappings.integer_keys)
         else:
             key = int(part)
             here += [None] * (key + 1 - len(here))
         if depth == len(path) - 1:
-            here[key] = value
+            absent = key not in here if isinstance(here, dict) else here[key] is None
+            if replace or absent:
+                here[key] = value
         else:
             below = here.get(key) if isinstance(here, dict) else here[key]
             if below is None:
@@ -331,46 +346,89 @@ def _set(root: dict[str, Any], path: _Path, value: Any, int_keys: _Paths) -> Non
 def _own_key(mapping: Mapping[Any, Any], part: str | int, *, as_integer: bool) -> Any:
     if part in mapping:
         return part
-    if str(part).isdecimal() and (as_integer or int(part) in mapping):
-        return int(part)
-    return next((key for key in mapping if str(key) == part), part)
+    number = int(part) if _INTEGER.fullmatch(str(part)) else None
+    return number if number is not None and (as_integer or number in mapping) else part
 
 
-def _integer_keys(value: Any, path: _Path) -> Iterator[_Path]:
-    """Paths of mapping keys that are integers; DCP's own names for them are text."""
-    if isinstance(value, Mapping):
-        for key, below in value.items():
-            if type(key) is int:
-                yield (*path, str(key))
-            yield from _integer_keys(below, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, below in enumerate(value):
-            yield from _integer_keys(below, (*path, index))
+@dataclasses.dataclass(frozen=True)
+class _Mappings:
+    """
+    What DCP's flattened names do not tell about mappings: which keys are integers, and which mappings are empty.
 
+    Kept in ``mappings.json`` when there is any; paths of names and list indexes.
+    """
 
-def _read_integer_keys(path: Path) -> _Paths:
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return frozenset()
-    try:
-        return frozenset(tuple(entry) for entry in json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise CorruptCheckpoint(f"{path}: {error}", directory=str(path), mismatches=(str(error),)) from error
+    integer_keys: frozenset[_Path] = frozenset()
+    empty: frozenset[_Path] = frozenset()
+
+    @classmethod
+    def of(cls, state_dicts: Mapping[str, Any]) -> _Mappings:
+        """
+        Look through plain state, whose objects may be filled only as they are used.
+
+        Raises:
+            InvalidArgument: A mapping has keys that are neither text nor integers; they would come back as text.
+        """
+        integer_keys: set[_Path] = set()
+        empty: set[_Path] = set()
+
+        def look(value: Any, path: _Path) -> None:
+            if isinstance(value, Mapping):
+                if not value:
+                    empty.add(path)
+                for key, below in value.items():
+                    if type(key) is int:
+                        integer_keys.add((*path, str(key)))
+                    elif not isinstance(key, str):
+                        raise InvalidArgument(
+                            f"state {'.'.join(map(str, path))!r} has the key {key!r}; keys must be text or integers",
+                            hint="turn such keys into text in state_dict(), or put the object into PerRank",
+                        )
+                    look(below, (*path, str(key)))
+                if len({str(key) for key in value}) != len(value):
+                    raise InvalidArgument(f"state {'.'.join(map(str, path))!r} has keys that differ only in their type")
+            elif isinstance(value, list):
+                for index, below in enumerate(value):
+                    look(below, (*path, index))
+
+        for name, value in state_dicts.items():
+            look(value, (name,))
+        return cls(frozenset(integer_keys), frozenset(empty))
+
+    def to_json(self) -> bytes:
+        """The text of ``mappings.json``."""
+        paths = {"integer_keys": sorted(self.integer_keys, key=str), "empty": sorted(self.empty, key=str)}
+        return json.dumps(paths).encode()
+
+    @classmethod
+    def read(cls, path: Path) -> _Mappings:
+        """
+        Read ``mappings.json``; nothing is told where it is missing.
+
+        Raises:
+            CorruptCheckpoint: It is something else.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            body = json.loads(_read_bytes(path))
+            return cls(*(frozenset(tuple(entry) for entry in body[field]) for field in ("integer_keys", "empty")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptCheckpoint(f"{path}: {error}", directory=str(path), mismatches=(str(error),)) from error
 
 
 class _LoadPlanner(DefaultLoadPlanner):
     """PyTorch's planner, reading values without running code."""
 
-    def __init__(self, where: str, int_keys: _Paths) -> None:
+    def __init__(self, where: str, mappings: _Mappings) -> None:
         super().__init__()
         self._where = where
-        self._int_keys = int_keys
+        self._of_mappings = mappings
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
         loaded = states.load(value.read(), f"{self._where}: {fqn}")
-        _set(self.original_state_dict, self.mappings[fqn], loaded, self._int_keys)
+        _set(self.original_state_dict, self.mappings[fqn], loaded, self._of_mappings)
 
 
 class _Reader(FileSystemReader):

@@ -164,6 +164,7 @@ class HuggingFaceWriter:
     def __init__(self, options: HuggingFace) -> None:
         self._options = options
         self._shared: list[SharedFile] = []
+        self._files = 0
         self._index: bytes | None = None
         self._modules: list[torch.nn.Module] = []
         self._views: dict[int, tuple[list[Any], dict[str, list[View]]]] = {}
@@ -259,6 +260,7 @@ class HuggingFaceWriter:
         parts: list[list[Any]] = [[] for _ in plans]
         load = [0] * len(plans)
         self._shared = []
+        self._files = len(files)
         for number, names in enumerate(files, start=1):
             path = WEIGHTS_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             weight_map |= dict.fromkeys(names, path)
@@ -306,10 +308,16 @@ class HuggingFaceWriter:
                     segments.append(Segment(part.begin + offset, start, length, count, stride))
                     start += length * count
             files.append(FileJob(file.path, file.size, own=False, segments=tuple(segments)))
+        self._files = max(self._files, len(files))
         return Layout(end, tuple(constants), tuple(copies), tuple(files)), None
 
     def accept_layouts(self, places: Sequence[Any]) -> None:
         """Rank 0 only: nothing to remember, the plan fixes every offset."""
+
+    def report_bytes(self, taken: Taken) -> int:
+        """How many bytes this rank's report on a save takes beyond a plain answer: an entry per file."""
+        del taken
+        return 256 * self._files
 
     def sources(self, taken: Taken) -> Mapping[object, torch.Tensor]:
         """The tensors to capture, by the keys of the layout's copies."""

@@ -29,9 +29,8 @@ class WriterProcess:
     failure with the cause; the next request starts a new one.
     """
 
-    def __init__(self, options: WriterOptions, *, start_s: float) -> None:
+    def __init__(self, options: WriterOptions) -> None:
         self._options = options
-        self._start_s = start_s
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._mapped: dict[int, int] = {}
@@ -41,8 +40,8 @@ class WriterProcess:
         """The process id of the running writer, or None."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
-    def start(self) -> str | None:
-        """Start the process if none is running; returns why that failed, or None."""
+    def start(self, timeout_s: float) -> str | None:
+        """Start the process if none is running, in at most *timeout_s* seconds; returns why that failed, or None."""
         if self.pid is not None:
             return None
         self.stop(0)
@@ -63,11 +62,12 @@ class WriterProcess:
                 ours.close()
                 return f"cannot start the writer process: {error}"
         self._pipe = Connection(ours.detach())
-        return self._receive(self._start_s).cause
+        return self._receive(timeout_s).cause
 
-    def share(self, arena: Arena) -> str | None:
+    def share(self, arena: Arena, timeout_s: float) -> str | None:
         """Let the process read *arena*; returns why that failed, or None. Cheap when it already can."""
-        if (cause := self.start()) is not None:
+        deadline = time.monotonic() + timeout_s
+        if (cause := self.start(timeout_s)) is not None:
             return cause
         if self._mapped.get(arena.number) == arena.generation:
             return None
@@ -78,7 +78,7 @@ class WriterProcess:
             reduction.send_handle(self._pipe, arena.descriptor, self._process.pid)
         except OSError as error:
             return self._give_up(f"the writer process is gone: {error}")
-        answer = self._receive(self._start_s)
+        answer = self._receive(deadline - time.monotonic())
         if answer.cause is None:
             self._mapped[arena.number] = arena.generation
         return answer.cause
@@ -128,7 +128,9 @@ class WriterProcess:
         deadline = time.monotonic() + timeout_s
         try:
             if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                return Answer(cause=self._give_up(f"the writer process did not answer within {timeout_s:g} s"))
+                return Answer(
+                    cause=self._give_up(f"the writer process did not answer within {max(0.0, timeout_s):.3g} s")
+                )
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             return Answer(cause=self._give_up(f"the writer process died ({_how(self._process, error)})"))

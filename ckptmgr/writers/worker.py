@@ -84,7 +84,11 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
     with _slot(job), memoryview(arena if arena is not None else b"") as memory:
         started = time.monotonic()
         for file in job.files:
-            digest = _write_file(directory / file.path, file, memory)
+            try:
+                digest = _write_file(directory / file.path, file, memory)
+            except OSError as error:
+                error.filename = error.filename or file.path
+                raise
             if file.own:
                 sealed.append(FileEntry(file.path, file.size, digest, job.rank))
         # Crash here: WRITING with files whose names may not be durable yet; recovery removes the staging directory.

@@ -18,6 +18,7 @@ import torch
 from child_process import AtComment, AtEffect, arm, die
 
 from ckptmgr import durable, recovery
+from ckptmgr.cli import main
 from ckptmgr.errors import CheckpointError, SaveFailed
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
@@ -106,9 +107,9 @@ def manager(run: Path, series: Iterable[str] = NAMES, *, keep: int = 1) -> Check
     )
 
 
-def train(run: Path, saves: tuple[Save, ...], keep: int = 1) -> None:
+def train(run: Path, saves: tuple[Save, ...], keep: int = 1, series: Iterable[str] = NAMES) -> None:
     """Save as told, one after the other, and note what was begun and what was acknowledged."""
-    with manager(run, [save.series for save in saves], keep=keep) as opened:
+    with manager(run, series, keep=keep) as opened:
         for save in saves:
             note(run, "begun", save)
             pending = opened.save(
@@ -180,7 +181,7 @@ def die_after_mkdir(run: Path, trace: AtEffect) -> None:
         real(path)
 
     durable.sync_directory = sync_directory
-    train(run, (Save("dcp", 1),))
+    train(run, (Save("dcp", 1),), series=["dcp"])
 
 
 def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit) -> None:
@@ -191,7 +192,7 @@ def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit
         if isinstance(fault, AtEffect):
             arm(fault, run)
     try:
-        opened = manager(run, [save.series for save in scenario.now], keep=scenario.keep)
+        opened = manager(run, keep=scenario.keep)
     except (OSError, CheckpointError) as error:
         note(run, "refused", scenario.now[0])
         print(error)
@@ -272,7 +273,14 @@ def crash_while_creating(run: Path, at: AtComment | AtEffect) -> None:
     """Open a run that does not exist yet, and save once."""
     run.parents[1].mkdir(parents=True, exist_ok=True)
     arm(at, run.parent)
-    train(run, (Save("dcp", 1),))
+    train(run, (Save("dcp", 1),), series=["dcp"])
+
+
+def rebuild(run: Path, *faults: AtComment | AtEffect) -> None:
+    """Rebuild the journal with the command line tool."""
+    for fault in faults:
+        arm(fault, run)
+    assert main(["recover", str(run), "--rebuild", "--apply"]) == 0
 
 
 def recover_once(run: Path) -> None:

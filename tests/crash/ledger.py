@@ -144,9 +144,10 @@ RECOVERING = (
     ),
 )
 
-#: Rebuilding a lost journal; each has a test of its own.
+#: Rebuilding a damaged journal with `ckptmgr recover --rebuild --apply`.
 REBUILDING = (
     AtComment("the first checkpoints are in the journal, in order"),
+    AtComment("the first checkpoints are in the journal, in order", nth=3),
     AtComment("no journal; rebuilding again starts anew"),
-    AtComment("the next rebuild moves the other"),
+    AtComment("a rollback journal without its database"),
 )

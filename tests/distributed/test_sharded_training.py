@@ -27,7 +27,7 @@ def _series() -> list[Series]:
         Series("checkpoint", DCP()),
         Series("hf", HuggingFace()),
         Series("small", HuggingFace(max_shard_size=SHARD_BYTES)),
-        Series("half", HuggingFace(max_shard_size="20KB", dtype=torch.bfloat16)),
+        Series("half", HuggingFace(max_shard_size="10KB", dtype=torch.bfloat16)),
     ]
 
 
@@ -184,13 +184,13 @@ def _save_refusing(here: Here) -> None:
 def _resume_refused(here: Here) -> str:
     with manager_on(here) as manager:
         with pytest.raises(UnsafeResume) as caught:
-            manager.resume({"t": torch.ones(4), "loader": PerRank(None), "none": PerRank(None, when_resized="skip")})
+            manager.resume({"t": torch.ones(4), "loader": PerRank(None), "none": PerRank(None, when_resized="skip")}, 1)
         # What does not fit may be skipped, or not asked for; the rest is fine.
         state = {"t": torch.ones(4), "loader": PerRank("untouched", when_resized="skip")}
-        assert manager.resume(state) is not None
+        assert manager.resume(state, 1) is not None
         assert (state["loader"].value, state["t"].sum().item()) == ("untouched", 0)
-        assert manager.resume({"t": torch.ones(4)}) is not None
-        pending = manager.save(2, {"t": torch.ones(4), "loader": PerRank({"at": here.rank})})
+        assert manager.resume({"t": torch.ones(4)}, 1) is not None
+        pending = manager.save(10 + here.world_size, {"t": torch.ones(4), "loader": PerRank({"at": here.rank})})
         assert pending is not None
         pending.wait()
     assert [finding.id for finding in caught.value.report.all_findings if finding.level == "error"] == ["R006"]
@@ -208,7 +208,7 @@ def test_per_rank_state_goes_back_to_its_rank_or_is_refused_on_every_rank(tmp_pa
     run_on_ranks(2, _save_refusing, tmp_path)
     run_on_ranks(2, _resume_own, tmp_path)
     for world_size in (3, 1):
-        texts = run_on_ranks(world_size, _resume_refused, tmp_path) if world_size == 3 else [""]
+        texts = run_on_ranks(world_size, _resume_refused, tmp_path)
         assert len(set(texts)) == 1, "every rank must be told the same"
 
 
@@ -255,8 +255,8 @@ def _save_big(here: Here) -> list[int]:
 
 def test_saving_moves_no_tensor_bytes_between_ranks(tmp_path: Path) -> None:
     for control, used in run_on_ranks(2, _save_big, tmp_path):
-        assert control > 8 << 20, "the measurement sees nothing"
-        assert used < 200_000
+        assert control > 4 << 20, "the measurement sees nothing"
+        assert used < 100_000
 
 
 def _save_alike(here: Here) -> None:
@@ -271,7 +271,6 @@ def _save_alike(here: Here) -> None:
             if step % 2:
                 manager.save(step, {"model": state["model"]}, "hf")
             manager.poll()
-        assert manager.save(4, state, when_busy="skip") is None or True
     if here.is_leader:
         assert {step: record.state for step, record in rows(here).items() if step < 4} == dict.fromkeys(
             range(4), CheckpointState.COMMITTED

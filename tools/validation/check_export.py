@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 
 SAME, DIFFERENT, UNUSABLE = 0, 1, 3
@@ -74,9 +76,12 @@ def load_dcp(model: transformers.PreTrainedModel, directory: Path, key: str) -> 
         # Whatever is not read must not go unnoticed.
         tensor.fill_(math.nan if tensor.is_floating_point() else 0)
     try:
-        load_checkpoint(weights, storage_reader=FileSystemReader(directory), no_dist=True)
-    except Exception as error:
-        raise CheckFailed(f"{directory} cannot be loaded: {error}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for with no_dist
+            load_checkpoint(weights, storage_reader=FileSystemReader(directory), no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckFailed(f"{directory} cannot be loaded: {cause}") from error
 
 
 def text_inputs(model: transformers.PreTrainedModel, options: argparse.Namespace) -> torch.Tensor:
@@ -155,6 +160,7 @@ def dtype(text: str) -> torch.dtype:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Check; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, help="the directory of the export, like RUN/hf/hf-latest")
     against: Any = parser.add_mutually_exclusive_group(required=True)
@@ -171,6 +177,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rtol", type=float, default=0.0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
     try:
         same, text = check(options)
     except CheckFailed as error:

@@ -2,12 +2,13 @@
 """
 Compare two Hugging Face exports: every file that is not weights, the index, and every tensor's place.
 
-    compare_exports.py EXPECTED EXPORT [--weights] [--ignore PATTERN …]
+    compare_exports.py EXPECTED EXPORT [--weights] [--ignore PATTERN …] [--accept PATTERN …]
 
 EXPECTED is what EXPORT is held to, say what ``save_pretrained`` wrote. Files are compared byte by
 byte; where that fails JSON files are compared by what they say, and the difference is shown key by
 key. Of the weights, names, dtypes and shapes are compared, and in which file each stands; with
 --weights also every byte. ckptmgr's own manifest is left out. Neither torch nor transformers is needed.
+--accept takes a difference for none if its line fits, like '*: __metadata__: *'; it is shown all the same.
 
 Exit status: 0 the same, 1 different, 2 wrong usage, 3 a file could not be read.
 """
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("expected", type=Path, metavar="EXPECTED")
     parser.add_argument("export", type=Path, metavar="EXPORT")
     parser.add_argument("--weights", action="store_true", help="compare every byte of every tensor, too")
+    parser.add_argument("--accept", action="append", default=[], metavar="PATTERN", help="such differences are fine")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="leave out such files")
     options = parser.parse_args(arguments)
     try:
@@ -213,9 +215,12 @@ def main(arguments: Sequence[str]) -> int:
     except UnreadableExport as error:
         print(error, file=sys.stderr)
         return UNREADABLE
-    for line in found or [f"no difference in {len(export.small_files)} small files and {len(export.tensors)} tensors"]:
-        print(line)
-    return DIFFERENT if found else SAME
+    refused = [line for line in found if not any(fnmatch.fnmatchcase(line, pattern) for pattern in options.accept)]
+    for line in found:
+        print(line if line in refused else f"accepted: {line}")
+    if not refused:
+        print(f"the same: {len(export.small_files)} small files and {len(export.tensors)} tensors compared")
+    return DIFFERENT if refused else SAME
 
 
 if __name__ == "__main__":
