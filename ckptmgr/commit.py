@@ -314,6 +314,7 @@ class Leader:
     def _recover(self) -> None:
         with self._deleting:
             recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
+        self._saved = {(record.series, record.step) for record in self._journal.checkpoints(live_only=True)}
 
     def _plan(self, record: CheckpointRecord, rule: KeepRule) -> retention.RetentionPlan:
         """What the keep rule says once *record* is committed."""

@@ -37,12 +37,14 @@ def make_directory(path: Path) -> None:
 
 
 def ensure_directory(path: Path) -> None:
-    """Create *path* and its missing parents, each durable; a directory that exists is left as it is."""
-    if path.is_dir():
-        return
-    ensure_directory(path.parent)
-    with contextlib.suppress(FileExistsError):
-        make_directory(path)
+    """Create *path* and its missing parents. Durable on return, even if made by a process that died before syncing."""
+    if not path.is_dir():
+        ensure_directory(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+    # A parent that we may not read is not one in which anybody of ours made this.
+    with contextlib.suppress(PermissionError):
+        sync_directory(path.parent)
 
 
 def sync_file(path: Path) -> None:

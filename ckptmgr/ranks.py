@@ -112,8 +112,8 @@ class Ranks:
         Go on only if every rank is fine. All ranks must call, with their error if they have one.
 
         Raises:
-            CheckpointError: The same on every rank: the typed error of the only rank that failed, or
-                `SetupFailed`, which names every rank that did.
+            CheckpointError: The same on every rank: the typed error that every failed rank had, the lowest
+                one's, or `SetupFailed`, which names them all.
         """
         if self.world_size == 1:
             if error is not None:
@@ -124,12 +124,10 @@ class Ranks:
             return
         errors = self.broadcast(self.gather(_portable(error)))
         failed = {rank: e for rank, e in enumerate(errors) if e is not None}
-        if (
-            len(failed) == 1
-            and type(only := next(iter(failed.values()))) is not CheckpointError
-            and isinstance(only, CheckpointError)
-        ):
-            raise only from error
+        first = failed[min(failed)]
+        kinds = {type(e) for e in failed.values()}
+        if len(kinds) == 1 and isinstance(first, CheckpointError) and type(first) is not CheckpointError:
+            raise first from error
         failures = tuple(RankFailure(rank, self.host_of(rank), _words(e)) for rank, e in failed.items())
         raise SetupFailed(f"{what} failed: {'; '.join(map(str, failures))}", failures=failures) from error
 

@@ -41,6 +41,7 @@ from ckptmgr.recovery import Found, FoundKind
 META_NAME = "meta.json"
 RUN_ID_NAME = ".ckptmgr-run-id"
 LATEST_NAME = "hf-latest"
+_LATEST_SCRATCH = f".{LATEST_NAME}.new"
 READ_BYTES = 8 << 20
 
 _SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
@@ -235,7 +236,7 @@ class RunDirectory:
             kind, step = FoundKind.FINAL, int(match[1])
         elif match := _WORKING.match(entry.name):
             kind, step, epoch, attempt = _KINDS[match[4]], int(match[1]), int(match[2]), int(match[3])
-        elif entry.is_symlink() and entry.name == LATEST_NAME:
+        elif entry.is_symlink() and entry.name in (LATEST_NAME, _LATEST_SCRATCH):
             kind = FoundKind.LINK
         holds = digest = mismatches = None
         if is_directory and kind is not FoundKind.OTHER:
@@ -474,7 +475,7 @@ class RunDirectory:
         if target is None and current is not None:
             durable.remove_link(link)
         elif target is not None and target != current:
-            durable.replace_link(link, target, scratch=f".{LATEST_NAME}.new")
+            durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
 
     # -- inside ---------------------------------------------------------------------------------
 

@@ -251,6 +251,7 @@ def _leader_stops(here: Here) -> list[Any]:
         pending = manager.save(2, _state(here))
         assert pending is not None
         if here.is_leader:
+            time.sleep(0.5)  # it has told the others to write, and waits for its own writer
             here.tell("leader", [os.getpid(), manager.writer_pid])
         outcome = "COMMITTED"
         try:

@@ -68,7 +68,7 @@ def test_the_peak_of_each_format_is_its_state_once_and_what_a_writer_needs(tmp_p
         added = float(re.search(r"([0-9.]+) = [0-9.]+ x state", table[form])[1]) * MB
         assert state <= added <= 1.05 * state + FIXED
         # The arena is the state once, however many saves there were.
-        assert 0.95 * state <= peak(samples, form, "shared") <= 1.1 * state + MB
+        assert state <= peak(samples, form, "shared") <= 1.02 * state + MB
         before = peak(samples, form, "trainer_pss", ("before",))
         assert peak(samples, form, "trainer_pss", ("after",)) < before + FIXED / 2
         assert peak(samples, form, "writer_rss", ("after",)) == 0
@@ -85,7 +85,7 @@ def test_under_torchrun_each_rank_holds_its_own_share(tmp_path, model_dir):
     assert {row["rank"] for row in samples} == {"0", "1"}
     for rank in ("0", "1"):
         mine = [row for row in samples if row["rank"] == rank]
-        assert 0.95 * state <= peak(mine, "both", "shared") <= 1.1 * state + MB
+        assert state <= peak(mine, "both", "shared") <= 1.02 * state + MB
     assert "of 2 ranks" in done.stdout
 
 
@@ -110,12 +110,13 @@ def test_shared_memory_counts_once_and_private_memory_where_it_is():
     shared.write(b"\1" * (32 * MB))
     after = export_memory.memory_of(os.getpid())
 
-    assert 30 * MB < after["Pss_Shmem"] - before["Pss_Shmem"] < 34 * MB
+    for kind in ("RssShmem", "Pss_Shmem"):
+        assert 31 * MB < after[kind] - before[kind] < 33 * MB
     assert after["Pss"] - before["Pss"] > 90 * MB
     assert len(private) == 64 * MB
     shared.close()
 
 
 def test_a_process_that_has_ended_takes_nothing():
-    assert export_memory.memory_of(None) == {"Rss": 0, "Pss": 0, "Pss_Shmem": 0}
-    assert export_memory.memory_of(2**22 + 1) == {"Rss": 0, "Pss": 0, "Pss_Shmem": 0}
+    for nobody in (None, 2**22 + 1):
+        assert set(export_memory.memory_of(nobody).values()) == {0}

@@ -11,9 +11,10 @@ the same time. Samples of every rank go to INTO/memory.csv. The table states eac
 bytes and relative to the state, which is what one rank captures at a save: its shards of weights and
 optimizer for a checkpoint, of weights for an export, the sum for both.
 
-RSS counts a page in every process that maps it; PSS divides it among them, so the sum of a trainer's
-and its writer's PSS is what the rank really takes, and that sum is what the peak is of. The kernel's
-page cache is in neither: it holds what was written and gives way when memory is needed.
+RSS counts a page in every process that maps it; PSS divides it among them. The total, of which the
+peak is stated, is what the rank really takes: the PSS of trainer and writer without shared memory, and
+the shared memory once. The kernel's page cache is in none of them: it holds what was written and gives
+way when memory is needed.
 
 Exit status: 0 measured, 1 a peak is above --limit, 2 wrong usage, 3 not possible here.
 """
@@ -57,8 +58,8 @@ class Sample:
     """
     One look at one rank. Bytes; *at_s* counts seconds from the start of the measurement.
 
-    ``shared`` is shared memory among the PSS of both processes, the arenas above all. ``device`` is what
-    torch has allocated on the accelerator.
+    ``shared`` is the shared memory that trainer or writer have mapped, the arenas above all; ``total`` is
+    what the rank takes in host memory; ``device`` is what torch has allocated on the accelerator.
     """
 
     at_s: float
@@ -71,12 +72,8 @@ class Sample:
     writer_rss: int
     writer_pss: int
     shared: int
+    total: int
     device: int
-
-    @property
-    def total(self) -> int:
-        """What this rank takes in host memory."""
-        return self.trainer_pss + self.writer_pss
 
 
 class Sampler:
@@ -119,11 +116,10 @@ class Sampler:
     def look(self) -> None:
         """Take one sample now."""
         with self._looking:
-            # PSS moves from one process to the other while the writer maps the arena, so it is looked at twice.
-            earlier = memory_of(self._writer)
-            mine = memory_of(os.getpid())
-            later = memory_of(self._writer)
-            writers = {name: (earlier[name] + later[name]) // 2 for name in mine}
+            mine, writers = memory_of(os.getpid()), memory_of(self._writer)
+            # Of shared pages the PSS moves from the trainer to its writer while that maps them: not to be summed.
+            shared = max(mine["RssShmem"], writers["RssShmem"])
+            private = sum(one["Pss"] - one["Pss_Shmem"] for one in (mine, writers))
             self.samples.append(
                 Sample(
                     at_s=time.monotonic() - self._started,
@@ -135,7 +131,8 @@ class Sampler:
                     trainer_pss=mine["Pss"],
                     writer_rss=writers["Rss"],
                     writer_pss=writers["Pss"],
-                    shared=mine["Pss_Shmem"] + writers["Pss_Shmem"],
+                    shared=shared,
+                    total=private + shared,
                     device=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
                 )
             )
@@ -146,12 +143,13 @@ class Sampler:
 
 
 def memory_of(pid: int | None) -> dict[str, int]:
-    """RSS, PSS and the shared memory in the PSS of a process, in bytes; zeros if there is none."""
-    found = dict.fromkeys(("Rss", "Pss", "Pss_Shmem"), 0)
+    """RSS and PSS of a process, and the shared memory in each, in bytes; zeros if there is none."""
+    found = dict.fromkeys(("Rss", "RssShmem", "Pss", "Pss_Shmem"), 0)
     if pid is None:
         return found
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        # RSS by kind is in one file, PSS in the other.
+        text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return found
     for line in text.splitlines():
