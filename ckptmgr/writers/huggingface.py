@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.parallel import DistributedDataParallel
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import Format
@@ -181,6 +182,7 @@ class HuggingFaceWriter:
         shared, per_rank = split(state)
         if per_rank:
             raise InvalidArgument(f"an export has no per-rank state, but {sorted(per_rank)} is")
+        shared = {key: _unwrapped(value) for key, value in shared.items()}
         named: dict[str, _Named] = {}
         for key, value in shared.items():
             for one in _named(key, value, prefix=f"{key}." if len(shared) > 1 else ""):
@@ -391,6 +393,19 @@ class _Named:
 
 
 _Held = tuple[str, tuple[int, ...], bool, list[tuple[Box, torch.Tensor]]]
+
+
+def _unwrapped(value: Any) -> Any:
+    """The module inside ``torch.compile`` and ``DistributedDataParallel``, which prefix every name with their own."""
+    while isinstance(value, torch.nn.Module):
+        # The class of a compiled module is not asked for: importing torch.compile's machinery takes long.
+        if isinstance(value, DistributedDataParallel):
+            value = value.module
+        elif "_orig_mod" in value._modules:
+            value = value._orig_mod
+        else:
+            break
+    return value
 
 
 def _named(key: str, value: Any, prefix: str) -> Iterator[_Named]:
