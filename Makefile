@@ -25,7 +25,7 @@ lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-tools ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint docs test ## all three
 

@@ -259,11 +259,7 @@ class Leader:
     def project(self) -> None:
         """Bring ``meta.json`` and the ``latest`` links up to the journal. A failure is reported and undoes nothing."""
         try:
-            live = self._journal.checkpoints(live_only=True)
-            self._rundir.write_meta(self._journal.run_id, live, self._series)
-            for series in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
-                exports = [record for record in live if record.series == series]
-                self._rundir.point_latest(series, max(exports, key=lambda record: record.commit_seq or 0))
+            recovery.project(self._journal, self._rundir, series=self._series)
         except (OSError, CheckpointError):
             log.exception("meta.json or a latest link is stale; the journal is right and both are made anew at start")
 

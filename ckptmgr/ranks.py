@@ -116,6 +116,8 @@ class Ranks:
                 one's, or `SetupFailed`, which names them all.
         """
         if self.world_size == 1:
+            if type(error) is CheckpointError:
+                raise _setup_failed(what, [RankFailure(0, self.host, str(error))])
             if error is not None:
                 raise error
             return
@@ -128,8 +130,7 @@ class Ranks:
         kinds = {type(e) for e in failed.values()}
         if len(kinds) == 1 and isinstance(first, CheckpointError) and type(first) is not CheckpointError:
             raise first from error
-        failures = tuple(RankFailure(rank, self.host_of(rank), _words(e)) for rank, e in failed.items())
-        raise SetupFailed(f"{what} failed: {'; '.join(map(str, failures))}", failures=failures) from error
+        raise _setup_failed(what, [RankFailure(r, self.host_of(r), _words(e)) for r, e in failed.items()]) from error
 
     def rebuild(self) -> None:
         """Replace the background groups after one of them broke. All ranks must call, with their finalizers idle."""
@@ -322,5 +323,10 @@ def _portable(error: Exception | None) -> Exception | str | None:
     return _words(error)
 
 
+def _setup_failed(what: str, failures: Sequence[RankFailure]) -> SetupFailed:
+    return SetupFailed(f"{what} failed: {'; '.join(map(str, failures))}", failures=tuple(failures))
+
+
 def _words(error: Any) -> str:
-    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+    untyped = isinstance(error, Exception) and type(error) is not CheckpointError
+    return f"{type(error).__name__}: {error}" if untyped else str(error)

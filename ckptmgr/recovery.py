@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, assert_never
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, JournalError, UnsafePath
-from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Lifecycle
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
 from ckptmgr.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
@@ -560,6 +560,24 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     for action in actions:
         hands.carry_out(action)
     return RecoveryReport(actions, applied=True, set_aside=hands.set_aside)
+
+
+def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str] = ()) -> None:
+    """
+    Bring ``meta.json`` and the ``latest`` links up to the journal, whose projections they are. Durable on return.
+
+    Rank 0 only, under the run lock.
+
+    Args:
+        journal: What counts.
+        rundir: What is brought up to it.
+        series: Series that get a list in ``meta.json`` even while they are empty.
+    """
+    live = journal.checkpoints(live_only=True)
+    rundir.write_meta(journal.run_id, live, [*series, *journal.series()])
+    for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
+        exports = [record for record in live if record.series == name]
+        rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
 
 
 def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:

@@ -84,6 +84,7 @@ def apply(args: argparse.Namespace, out: Output) -> int:
             rundir.require_pair(journal.run_id, managed=bool(journal.series()))
             with target.epoch(journal, COMMAND) as who:
                 report = recovery.recover(journal, rundir, **who)
+                recovery.project(journal, rundir)
             about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document({"run": about, "live_epoch": None, **report.to_dict()})
@@ -146,6 +147,7 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
             # Crash here: no journal; rebuilding again starts anew.
             with Journal.open(rundir.journal_path) as journal, target.epoch(journal, REBUILD_COMMAND) as who:
                 report = recovery.rebuild(journal, rundir, **who)
+                recovery.project(journal, rundir)
     if out.as_json:
         document = report.to_dict()
         about = target.document(rundir, document.pop("run_id"))

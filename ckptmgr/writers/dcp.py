@@ -59,7 +59,11 @@ class DCP:
 
 @dataclasses.dataclass
 class Taken:
-    """One rank's state at one save: PyTorch's local plan and what it refers to. No tensor is copied yet."""
+    """
+    One rank's state at one save: PyTorch's local plan and what it refers to. No tensor is copied yet.
+
+    ``per_rank_names`` are those of the per-rank state that binds the checkpoint to its number of ranks.
+    """
 
     planner: DefaultSavePlanner
     plan: SavePlan
@@ -115,7 +119,8 @@ class DCPWriter:
         }
         own = {name: value.take() for name, value in per_rank.items()}
         blob = states.dump(own, "per-rank state") if own else None
-        return Taken(planner, plan, objects, blob, tuple(sorted(own)), mappings, digest.digest())
+        bound = tuple(sorted(name for name, value in per_rank.items() if value.when_resized == "refuse"))
+        return Taken(planner, plan, objects, blob, bound, mappings, digest.digest())
 
     def local_plan(self, taken: Taken) -> SavePlan:
         """What rank 0 must know of this rank to plan."""
@@ -259,6 +264,8 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
     shared, per_rank = states.split(state)
     stored: dict[str, Any] = {}
     wanted = {name: value for name, value in per_rank.items() if same_world or value.when_resized == "refuse"}
+    if wanted and not same_world:
+        raise StateMismatch(f"{sorted(wanted)} was saved by another number of ranks", missing=tuple(sorted(wanted)))
     if wanted:
         path = directory / per_rank_name(rank)
         stored = states.load(_read_bytes(path), str(path)) if path.exists() else {}
@@ -272,6 +279,9 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         target = states.take(shared)
         mappings = _Mappings.read(directory / MAPPINGS_NAME)
         _shape_to(metadata, shared, target, mappings)
+        if missing := [fqn for fqn in flatten_state_dict(target)[0] if fqn not in metadata.state_dict_metadata]:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise StateMismatch(f"the checkpoint lacks {', '.join(missing[:3])}{more}", missing=tuple(missing))
         planner = _LoadPlanner(str(directory), mappings)
         planner.set_up_planner(target, metadata, is_coordinator=rank == 0)
         try:

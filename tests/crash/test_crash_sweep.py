@@ -90,7 +90,7 @@ class Sweep:
 @pytest.mark.parametrize(
     ("scenario", "most"),
     [
-        pytest.param(WHOLE_RUN, 14, id="whole-run"),
+        pytest.param(WHOLE_RUN, 10, id="whole-run"),
         *(
             pytest.param(scenario, 0, id=f"{series}-{how}")
             for series in crash_run.NAMES
@@ -136,7 +136,7 @@ def test_die_before_every_change_of_a_recovery(forks, prepared, tmp_path, words:
 
     assert len(effects) >= 5
     # The first ones take the lock, the last one ends the epoch.
-    sweep.die_before_each(chosen([effect for effect in effects if effect.name != "pwrite" or FULL][2:-1], 4))
+    sweep.die_before_each(chosen([effect for effect in effects if effect.name != "pwrite" or FULL][2:-1], 3))
 
 
 def test_a_crash_while_the_run_is_created_leaves_nothing_in_the_way(forks, tmp_path):

@@ -62,7 +62,7 @@ def test_an_error_of_the_disk_fails_the_save_and_nothing_else(forks, prepared, t
     # The save that is to work afterwards is not part of it.
     first = next((n for n, effect in enumerate(effects) if "-40." in effect.where), len(effects))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(fail_at, chosen(effects[:first], 6 if in_writer else 10)))
+        list(pool.map(fail_at, chosen(effects[:first], 4 if in_writer else 8)))
 
 
 @pytest.mark.parametrize("words", ["dcp overwrite", "hf steady"])

@@ -17,7 +17,7 @@ import torch
 from rank_processes import Here, on_ranks, start_ranks
 from saving_ranks import assert_failed, hear_alike, manager_on, poll_until_failure, rows, timeouts
 
-from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed
+from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed, durable
 from ckptmgr.errors import InvalidArgument, RanksDisagree, RunLocked, SetupFailed
 from ckptmgr.rundir import RunDirectory
 
@@ -242,17 +242,56 @@ def test_a_silent_rank_takes_no_other_along_even_where_reports_are_long(tmp_path
     assert told[2] == [1], "rank 2 heard something else than rank 0"
 
 
-def _leader_stops(here: Here) -> list[Any]:
+def _stop_self_at(name: str) -> None:
+    """Let this process stop for good before its next durable call of that name, as on a machine that freezes there."""
+    real = getattr(durable, name)
+
+    def stop(*arguments: Any) -> Any:
+        setattr(durable, name, real)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return real(*arguments)
+
+    setattr(durable, name, stop)
+
+
+def _leader_stops_in_commit(here: Here, at: str) -> list[Any]:
     with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0, collective_s=12.0), on_failure="warn") as manager:
         _commits(here, manager, 1)
         if here.is_leader:
-            assert manager.writer_pid is not None
+            _stop_self_at(at)
+        pending = manager.save(2, _state(here))
+        assert pending is not None
+        outcome = "COMMITTED"
+        try:
+            pending.wait(30)
+        except SaveFailed:
+            outcome = "FAILED"
+        here.meet()
+        _commits(here, manager, 3)
+        return [outcome]
+
+
+@pytest.mark.parametrize("at", ["sync_directories", "rename_new"])
+def test_when_rank_0_stops_on_its_way_to_the_commit_all_ranks_say_what_the_journal_says(
+    tmp_path: Path, at: str
+) -> None:
+    with start_ranks(2, _leader_stops_in_commit, tmp_path, at=at) as world:
+        time.sleep(6.0)
+        world.signal(0, signal.SIGCONT)
+        told = world.join(60)
+    state = rows(world.here)[2].state
+    assert told == [[str(state)], [str(state)]], f"the journal says {state}, the ranks {told}"
+
+
+def _leader_stops(here: Here, waiting_for: int) -> list[Any]:
+    with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0, collective_s=12.0), on_failure="warn") as manager:
+        _commits(here, manager, 1)
+        assert manager.writer_pid is not None
+        if here.rank == waiting_for:
             os.kill(manager.writer_pid, signal.SIGSTOP)
         pending = manager.save(2, _state(here))
         assert pending is not None
-        if here.is_leader:
-            time.sleep(0.5)  # it has told the others to write, and waits for its own writer
-            here.tell("leader", [os.getpid(), manager.writer_pid])
+        here.tell(f"pids-{here.rank}", [os.getpid(), manager.writer_pid])
         outcome = "COMMITTED"
         try:
             pending.wait(30)
@@ -263,13 +302,15 @@ def _leader_stops(here: Here) -> list[Any]:
         return [outcome]
 
 
-def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_path: Path) -> None:
-    with start_ranks(2, _leader_stops, tmp_path) as world:
-        trainer, writer = world.here.ask("leader")
-        os.kill(trainer, signal.SIGSTOP)
-        time.sleep(4.5)
-        os.kill(writer, signal.SIGCONT)
-        os.kill(trainer, signal.SIGCONT)
+@pytest.mark.parametrize("waiting_for", [0, 1])
+def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_path: Path, waiting_for: int) -> None:
+    with start_ranks(2, _leader_stops, tmp_path, waiting_for=waiting_for) as world:
+        pids = [world.here.ask(f"pids-{rank}") for rank in (0, 1)]
+        time.sleep(0.5)  # rank 0 has told the others to write, and waits for its own writer or for rank 1's report
+        world.signal(0, signal.SIGSTOP)
+        os.kill(pids[waiting_for][1], signal.SIGCONT)
+        time.sleep(5.0)
+        world.signal(0, signal.SIGCONT)
         told = world.join(60)
     state = rows(world.here)[2].state
     assert all(outcome.startswith(str(state)) for (outcome,) in told), f"the journal says {state}, the ranks {told}"

@@ -11,10 +11,10 @@ the same time. Samples of every rank go to INTO/memory.csv. The table states eac
 bytes and relative to the state, which is what one rank captures at a save: its shards of weights and
 optimizer for a checkpoint, of weights for an export, the sum for both.
 
-RSS counts a page in every process that maps it; PSS divides it among them. The total, of which the
-peak is stated, is what the rank really takes: the PSS of trainer and writer without shared memory, and
-the shared memory once. The kernel's page cache is in none of them: it holds what was written and gives
-way when memory is needed.
+RSS counts a page in every process that maps it; PSS divides it among them, so it changes as other
+processes come and go. The total, of which the peak is stated, is what the rank takes and cannot give
+back: the anonymous memory of trainer and writer, and their shared memory once. Files are in it neither
+as libraries nor as page cache: they give way when memory is needed.
 
 Exit status: 0 measured, 1 a peak is above --limit, 2 wrong usage, 3 not possible here.
 """
@@ -119,7 +119,6 @@ class Sampler:
             mine, writers = memory_of(os.getpid()), memory_of(self._writer)
             # Of shared pages the PSS moves from the trainer to its writer while that maps them: not to be summed.
             shared = max(mine["RssShmem"], writers["RssShmem"])
-            private = sum(one["Pss"] - one["Pss_Shmem"] for one in (mine, writers))
             self.samples.append(
                 Sample(
                     at_s=time.monotonic() - self._started,
@@ -132,7 +131,7 @@ class Sampler:
                     writer_rss=writers["Rss"],
                     writer_pss=writers["Pss"],
                     shared=shared,
-                    total=private + shared,
+                    total=mine["Pss_Anon"] + writers["Pss_Anon"] + shared,
                     device=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
                 )
             )
@@ -143,8 +142,8 @@ class Sampler:
 
 
 def memory_of(pid: int | None) -> dict[str, int]:
-    """RSS and PSS of a process, and the shared memory in each, in bytes; zeros if there is none."""
-    found = dict.fromkeys(("Rss", "RssShmem", "Pss", "Pss_Shmem"), 0)
+    """RSS and PSS of a process, the shared memory in one and the anonymous in the other; zeros if there is none."""
+    found = dict.fromkeys(("Rss", "RssShmem", "Pss", "Pss_Anon"), 0)
     if pid is None:
         return found
     try:

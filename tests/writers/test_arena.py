@@ -1,0 +1,236 @@
+"""Host memory that captured tensors lie in, and where a slice of a tensor lies in the tensor's bytes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from one_rank import bits, dtypes, random_bits
+
+from ckptmgr.writers.arena import Arena, Copy, Layout, aligned, runs_of_slice
+
+
+@pytest.fixture
+def arena():
+    arena = Arena(3)
+    yield arena
+    arena.close()
+
+
+def layout_of(tensors: dict[str, torch.Tensor], **dtype: torch.dtype) -> Layout:
+    copies, end = [], 0
+    for name, tensor in tensors.items():
+        copy = Copy(name, aligned(end), dtype.get(name, tensor.dtype), tuple(tensor.shape))
+        copies.append(copy)
+        end = copy.offset + copy.nbytes
+    return Layout(end, (), tuple(copies), ())
+
+
+def held(arena: Arena, copy: Copy) -> bytes:
+    """What another process would see of a copy."""
+    return os.pread(arena.descriptor, copy.nbytes, copy.offset)
+
+
+ALL_DTYPES = list(dtypes())
+
+
+def test_there_are_dtypes_to_try():
+    assert {torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.uint64, torch.float8_e5m2} <= set(ALL_DTYPES)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_a_capture_holds_the_bits_of_every_dtype_and_shape(arena, dtype):
+    tensors = {str(shape): random_bits(dtype, shape, seed=len(shape)) for shape in [(), (1,), (7,), (3, 5), (2, 0, 4), (2, 3, 1, 2)]}
+    layout = layout_of(tensors)
+    arena.adopt(layout)
+    arena.capture(tensors)
+
+    for copy in layout.copies:
+        assert held(arena, copy) == bits(tensors[copy.key])
+
+
+def test_a_capture_takes_tensors_that_are_not_contiguous(arena):
+    base = torch.arange(4 * 6 * 5, dtype=torch.float32).view(4, 6, 5)
+    tensors = {
+        "transposed": base.transpose(0, 2),
+        "sliced": base[1:3, ::2, 1:],
+        "expanded": torch.tensor([[1.0], [2.0]]).expand(2, 3),
+        "conjugated": torch.complex(base[0], base[1]).conj(),
+        "negated": torch._neg_view(base[2]),
+        "channels last": torch.arange(48.0).view(2, 2, 3, 4).to(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(base[3].t()),
+    }
+    layout = layout_of(tensors)
+    arena.adopt(layout)
+    arena.capture(tensors)
+
+    for copy in layout.copies:
+        assert held(arena, copy) == bits(tensors[copy.key]), copy.key
+
+
+def test_a_capture_casts_on_the_way(arena):
+    tensors = {"a": torch.tensor([1.1, -2.2, float("inf")]), "b": torch.tensor([3.3], dtype=torch.bfloat16)}
+    layout = layout_of(tensors, a=torch.bfloat16, b=torch.float32)
+    arena.adopt(layout)
+    arena.capture(tensors)
+
+    assert held(arena, layout.copies[0]) == bits(tensors["a"].bfloat16())
+    assert held(arena, layout.copies[1]) == bits(tensors["b"].float())
+
+
+def test_what_was_captured_does_not_change_with_its_source(arena):
+    source = torch.ones(8)
+    layout = layout_of({"a": source})
+    arena.adopt(layout)
+    arena.capture({"a": source})
+    source.zero_()
+
+    assert held(arena, layout.copies[0]) == bits(torch.ones(8))
+
+
+def test_constants_stand_in_place_and_survive_captures(arena):
+    layout = Layout(128, ((0, b"head"), (100, b"tail")), (Copy("a", 64, torch.uint8, (4,)),), ())
+    arena.adopt(layout)
+    for value in (1, 2):
+        arena.capture({"a": torch.full((4,), value, dtype=torch.uint8)})
+        assert os.pread(arena.descriptor, 4, 0) == b"head"
+        assert os.pread(arena.descriptor, 4, 100) == b"tail"
+        assert os.pread(arena.descriptor, 4, 64) == bytes([value] * 4)
+
+
+def test_an_arena_grows_and_does_not_shrink(arena):
+    small, large = {"a": torch.arange(8.0)}, {"a": torch.arange(5000.0)}
+    arena.adopt(layout_of(small))
+    first = (arena.size, arena.generation)
+    arena.adopt(layout_of(large))
+    grown = (arena.size, arena.generation)
+    again = layout_of(small)
+    arena.adopt(again)
+    arena.capture(small)
+
+    assert first == (32, 1)
+    assert grown == (20000, 2)
+    assert (arena.size, arena.generation) == grown
+    assert held(arena, again.copies[0]) == bits(small["a"])
+
+
+def test_a_layout_in_place_is_adopted_for_nothing(arena):
+    layout = layout_of({"a": torch.arange(8.0)})
+    arena.adopt(layout)
+    arena.capture({"a": torch.arange(8.0)})
+    views = arena._views
+    arena.adopt(layout)
+
+    assert arena._views is views
+
+
+def test_an_arena_without_a_byte_has_no_memory(arena):
+    layout = layout_of({"a": torch.empty(0, 3)})
+    arena.adopt(layout)
+    arena.capture({"a": torch.empty(0, 3)})
+
+    assert (arena.size, arena.descriptor) == (0, -1)
+
+
+def open_memory() -> list[str]:
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        path = Path("/proc/self/fd", name)
+        if path.is_symlink():
+            try:
+                links.append(str(path.readlink()))
+            except FileNotFoundError:
+                continue
+    return [link for link in links if "ckptmgr" in link]
+
+
+def test_closing_gives_memory_and_descriptors_back():
+    before = open_memory()
+    arena = Arena(0)
+    for size in (1000, 100_000, 1_000_000):
+        tensors = {"a": torch.zeros(size)}
+        arena.adopt(layout_of(tensors))
+        arena.capture(tensors)
+        # Ours and the one that Python's mmap keeps, however many tensors there are and were.
+        assert len(open_memory()) == len(before) + 2
+        assert "/memfd:ckptmgr" in Path("/proc/self/maps").read_text()
+    arena.close()
+    arena.close()
+
+    assert open_memory() == before
+    assert "/memfd:ckptmgr" not in Path("/proc/self/maps").read_text()
+
+
+def test_no_memory_is_an_error_that_leaves_nothing_behind():
+    before = open_memory()
+    arena = Arena(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        with pytest.raises(MemoryError, match="no memory for an arena of 2097152 bytes"):
+            arena.adopt(Layout(2 << 20, (), (), ()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+
+    assert (arena.size, arena.descriptor) == (0, -1)
+    assert open_memory() == before
+    arena.adopt(layout_of({"a": torch.arange(8.0)}))
+    assert arena.size == 32
+    arena.close()
+
+
+def test_an_arena_larger_than_the_machines_memory_is_refused_before_it_is_touched():
+    """Taking the pages one by one would wake the kernel's out-of-memory killer, and end the training."""
+    arena = Arena(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # A net for a product that does not look first.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        with pytest.raises(MemoryError, match="available"):
+            arena.adopt(Layout(1 << 50, (), (), ()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+        arena.close()
+
+
+def boxes(shape: tuple[int, ...]):
+    per_dim = [[(low, high - low) for low in range(size + 1) for high in range(low, size + 1)] for size in shape]
+    for choice in itertools.product(*per_dim):
+        yield tuple(low for low, _ in choice), tuple(size for _, size in choice)
+
+
+SHAPES = [
+    (), (1,), (5,), (0,), (1, 1), (3, 4), (4, 1), (1, 4), (2, 0), (2, 3, 4), (1, 3, 1), (3, 1, 2), (2, 2, 1, 3), (1, 2, 3, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_runs_of_every_box_are_where_torch_has_its_elements(shape):
+    whole = torch.arange(int(torch.tensor(shape).prod()) if shape else 1, dtype=torch.int16).view(shape)
+    data = bits(whole)
+    for offsets, sizes in boxes(shape):
+        part = whole[tuple(slice(low, low + size) for low, size in zip(offsets, sizes, strict=True))]
+        runs = runs_of_slice(shape, offsets, sizes, whole.dtype.itemsize)
+        found = b"".join(
+            data[offset + index * stride : offset + index * stride + length]
+            for offset, length, count, stride in runs
+            for index in range(count)
+        )
+
+        assert found == bits(part), (offsets, sizes)
+        assert all(length > 0 and count > 0 for _, length, count, _ in runs)
+
+
+def test_a_slice_of_a_row_major_tensor_is_few_runs():
+    """One comb for a shard on an inner dimension, however long the outer one is; one run where it is contiguous."""
+    assert runs_of_slice((1000, 8, 4), (0, 2, 0), (1000, 2, 4), 4) == [(32, 32, 1000, 128)]
+    assert runs_of_slice((1000, 8, 4), (10, 0, 0), (5, 8, 4), 4) == [(1280, 640, 1, 0)]
