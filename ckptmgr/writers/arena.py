@@ -9,11 +9,14 @@ will stand in the files, so that writing needs no second copy.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import psutil
 import torch
 
 from ckptmgr.writers.jobs import FileJob
@@ -21,6 +24,7 @@ from ckptmgr.writers.jobs import FileJob
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; absent from the mmap module
 #: What a tensor's place in the arena is aligned to, in bytes: enough for every dtype and a cache line.
 ALIGNMENT = 64
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +86,12 @@ class Arena:
         self._views = []
         if layout.size > self.size:
             self.close()
+            # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told.
+            available = _available_bytes()
+            if layout.size > available:
+                raise MemoryError(f"no memory for an arena of {layout.size} bytes: {available} are available")
             descriptor = os.memfd_create("ckptmgr", os.MFD_CLOEXEC)
             try:
-                # Reserve now: a full tmpfs or memory cgroup is an error here and a SIGBUS later.
                 os.posix_fallocate(descriptor, 0, layout.size)
                 self._map = mmap.mmap(descriptor, layout.size)
             except OSError as error:
@@ -135,6 +142,17 @@ class Arena:
             self._map = None
             os.close(self.descriptor)
             self.descriptor, self.size = -1, 0
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: of the machine, or of our cgroup (version 2) where that is less."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(cached["inactive_file"]))
+    return available
 
 
 def aligned(offset: int, alignment: int = ALIGNMENT) -> int:
