@@ -30,7 +30,7 @@ docs: $(VENV)/installed-tools ## build the documentation into site/
 check: lint docs test ## all three
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) build dist site runs/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site runs/demo runs/demo-small *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find ckptmgr migrations tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed again only when what is to be installed has changed. torch comes first and alone, so that

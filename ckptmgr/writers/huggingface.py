@@ -279,8 +279,12 @@ class HuggingFaceWriter:
                     parts[rank].append((file, tuple(mine)))
         self._index = None
         if len(files) > 1:
-            total = sum(about.nbytes for about in kept.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            total = sum(tensor.nbytes for tensor in kept.values())
+            about = {"total_size": total}
+            count = getattr(self._modules[0], "num_parameters", None) if len(self._modules) == 1 else None
+            if callable(count):
+                about["total_parameters"] = int(count())
+            index = {"metadata": about, "weight_map": weight_map}
             self._index = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         return [RankPlan(tuple(mine), tuple(some)) for mine, some in zip(own, parts, strict=True)]
 

@@ -87,7 +87,9 @@ def falsified(demonstration: Demonstration, change: Callable[[dict[str, Any]], N
     path = into / "resumed.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in lines))
     with Journal.open_read_only(demo.journal_of(demonstration.folder / "interrupted")) as journal:
-        failed = [record for record in journal.checkpoints(series="checkpoint") if record.state is CheckpointState.FAILED]
+        failed = [
+            record for record in journal.checkpoints(series="checkpoint") if record.state is CheckpointState.FAILED
+        ]
     record = dataclasses.replace(failed[0], state=CheckpointState.WRITING)
     killed = demo.Killed(record, record.step, 1, 1, demo.RANKS, 0, 0.0)
     reference = demonstration.report("uninterrupted")

@@ -8,6 +8,7 @@ whatever was not synced, and asks at each step of the journal whether the disk c
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,9 +37,18 @@ def traced(
 
 
 def play(disk: Disk, effects: list[Effect], at_journal: Callable[[str], None], at_each: Callable[[], None] = lambda: None):
-    """Play all effects; before each journal transaction *at_journal* hears of it, before anything *at_each*."""
+    """
+    Play all effects; before each journal transaction *at_journal* hears of it, before anything *at_each*.
+
+    Nothing is ever deleted from a directory that a power cut would bring back under a published name.
+    """
     for effect in effects:
         at_each()
+        if effect.name == "remove" and (match := re.match(r"(/alpha/\w+/[^/]+)/", effect.where)):
+            folder = disk.at(match[1])
+            assert folder is not None
+            back = [name for name in disk.names_after_power_loss(folder) if re.search(r"/(step|hf)-\d+$", name)]
+            assert back == [], f"half of it would come back: {effect}"
         if effect.name.startswith("journal."):
             at_journal(effect.name + effect.where.replace("/alpha", ""))
         else:
@@ -144,6 +154,8 @@ def test_a_failed_row_is_written_when_its_directory_can_no_longer_come_back(fork
         ("dcp overwrite", "GATHERED with a published directory", "COMMITTED"),
         ("hf overwrite-aside", "GATHERED with the old", "COMMITTED"),
         ("dcp first", "GATHERED with a published directory", "COMMITTED"),
+        ("dcp steady", "the row says retiring, the directory has its retired name", "retired"),
+        ("hf overwrite", "GATHERED with a published directory", "COMMITTED"),
     ],
 )
 def test_recovery_does_the_disk_first_and_syncs_it(forks, prepared, tmp_path, words, first, dest):
@@ -157,11 +169,8 @@ def test_recovery_does_the_disk_first_and_syncs_it(forks, prepared, tmp_path, wo
 
     disk, effects, run = traced(forks, crashed, tmp_path, "crash_while_recovering")
     new = as_left(run)[0][-1]
-    # What the crashed process did last was not synced: a rename of it may be undone by a power cut.
-    if first.startswith("GATHERED with a published"):
-        folder = disk.at(f"alpha/{series}")
-        assert folder is not None
-        folder.durable_entries = {Path(new.staging_directory).name: folder.entries[Path(new.directory).name]}
+    # What the crashed process did last was not synced: a power cut would undo its renames.
+    undo(disk, as_left(run)[0], first)
     said = []
 
     def journal(what: str) -> None:
@@ -176,7 +185,25 @@ def test_recovery_does_the_disk_first_and_syncs_it(forks, prepared, tmp_path, wo
 
     play(disk, effects, journal)
 
-    assert f"journal.advance to {dest}" in said
+    assert (f"journal.advance to {dest}" if dest != "retired" else "journal.finish_retirement") in said
+
+
+def undo(disk: Disk, rows: list[CheckpointRecord], first: str) -> None:
+    """Give the names that a killed process had renamed without syncing back, as a power cut would."""
+    old, new = rows[0], rows[-1]
+    folder = disk.at(f"alpha/{new.series}")
+    assert folder is not None
+    assert folder.entries is not None
+    name = {row: Path(row.directory).name for row in (old, new)}
+    staging, retired = Path(new.staging_directory).name, Path(old.retired_directory).name
+    if first.startswith("GATHERED with a published"):
+        folder.durable_entries = {staging: folder.entries[name[new]]}
+        if new.overwrites:
+            folder.durable_entries[name[old]] = folder.entries[staging]
+    elif first.startswith("GATHERED with the old"):
+        folder.durable_entries = {staging: folder.entries[staging], name[old]: folder.entries[retired]}
+    elif first.startswith("the row says retiring"):
+        folder.durable_entries = {name[new]: folder.entries[name[new]], name[old]: folder.entries[retired]}
 
 
 def test_a_run_whose_creation_was_killed_survives_a_power_cut_once_it_has_saved(forks, tmp_path):

@@ -56,7 +56,16 @@ def stock_load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("dtype", list(dtypes()), ids=str)
+BITS = (torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_a_dtype_that_pytorch_cannot_plan_is_refused(rank, tmp_path, dtype):
+    with pytest.raises(InvalidArgument):
+        rank.save({"a": random_bits(dtype, (3,))}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", list(dtypes(without=BITS)), ids=str)
 def test_every_dtype_and_shape_is_read_back_bit_for_bit(rank, tmp_path, dtype):
     state = {f"{shape}": random_bits(dtype, shape, seed=len(shape)) for shape in SHAPES}
     rank.save(state, tmp_path)
@@ -162,17 +171,6 @@ def test_ours_loads_a_whole_training_state_in_place(rank, tmp_path):
     assert plain["empty"] == b""
     assert plain["none"] is None
     assert same_bits(plain["tensor"], torch.arange(3))
-
-
-def test_ours_loads_what_the_stock_library_saved(tmp_path):
-    state = {"a": torch.arange(6.0).view(2, 3), "b": {"c": torch.tensor(3)}, "step": 4}
-    stock_save(state, tmp_path)
-    fresh: dict[str, Any] = {"a": torch.zeros(2, 3), "b": {"c": torch.tensor(0)}, "step": 0}
-    plain = dcp.read(tmp_path, fresh, 0, same_world=True)
-
-    assert torch.equal(fresh["a"], state["a"])
-    assert fresh["b"]["c"] == 3
-    assert plain["step"] == 4
 
 
 def test_saving_again_moves_tensor_bytes_and_changed_values(rank, tmp_path):
