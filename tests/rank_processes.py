@@ -310,7 +310,7 @@ def _be_rank(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - for the whole process
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the whole process
     faulthandler.register(signal.SIGUSR1)
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     os.environ.update(environ)

@@ -87,6 +87,8 @@ def same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype
         and tensor.shape == theirs[name].shape
-        and torch.equal(tensor.contiguous().view(-1).view(torch.uint8), theirs[name].contiguous().view(-1).view(torch.uint8))
+        and torch.equal(
+            tensor.contiguous().view(-1).view(torch.uint8), theirs[name].contiguous().view(-1).view(torch.uint8)
+        )
         for name, tensor in ours.items()
     )

@@ -136,7 +136,7 @@ class DCPWriter:
         planner = DefaultSavePlanner()
         try:
             final, metadata = planner.create_global_plan(list(plans))
-        except (ValueError, AssertionError, RuntimeError) as error:
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             raise InvalidArgument(f"the ranks' state does not fit together: {error}") from error
         self._metadata = metadata
         self._objects_of = [[i.index for i in plan.items if i.type is WriteItemType.BYTE_IO] for plan in final]

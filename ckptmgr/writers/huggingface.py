@@ -9,7 +9,6 @@ greedy split of shards as ``save_pretrained`` makes them (huggingface_hub, seria
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import itertools
@@ -18,8 +17,6 @@ import math
 import operator
 import os
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import Format
-from ckptmgr.manifest import MANIFEST_NAME, is_plain_relative
 from ckptmgr.writers.arena import Copy, Layout, aligned, runs_of_slice
+from ckptmgr.writers.assets import asset_files, own_config
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
 from ckptmgr.writers.modelnames import Box, View, hub_views
 from ckptmgr.writers.state import State, split
@@ -41,6 +38,7 @@ Adapter = Callable[[str, torch.Tensor], "str | Iterable[tuple[str, torch.Tensor]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_HEADER_METADATA = "__metadata__"
 
 #: safetensors' names of dtypes (safetensors 0.8, bindings/python, torch.py).
 _DTYPES = {
@@ -51,10 +49,6 @@ _DTYPES = {
 }  # fmt: skip
 #: What `dtype` casts. Integers, booleans and quantised 8-bit floats mean what they are.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite",
-    ".safetensors.index.json", ".bin.index.json",
-)  # fmt: skip
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -208,6 +202,8 @@ class HuggingFaceWriter:
                 # Where memory lies may change from save to save; who shares it is what the plan depends on.
                 group = aliases.setdefault(alias, len(aliases)) if alias else -1
                 digest.update(repr((name, dtype, shape, offsets, sizes, group)).encode())
+        if _HEADER_METADATA in order:
+            raise InvalidArgument(f"{_HEADER_METADATA!r} cannot name a tensor; the safetensors header has it already")
         if len(set(order)) != len(order):
             raise InvalidArgument(f"two tensors are named {max(order, key=order.count)!r}")
         digest.update(repr(order).encode())
@@ -344,14 +340,14 @@ class HuggingFaceWriter:
         """
         found: dict[str, bytes] = {}
         for source in self._options.sources():
-            files = _own_config(source, self._options.dtype, scratch) if isinstance(source, torch.nn.Module) else None
-            for name, data in files or _asset_files(source, scratch):
+            files = own_config(source, self._options.dtype, scratch) if isinstance(source, torch.nn.Module) else None
+            for name, data in files or asset_files(source, scratch):
                 if found.setdefault(name, data) != data:
                     raise InvalidArgument(f"two assets bring a different {name!r}")
         if "config.json" not in found:
             # The parts of a composed model have configs of their own, but none is the whole's.
             for module in self._modules if len(self._modules) == 1 else ():
-                for name, data in _own_config(module, self._options.dtype, scratch):
+                for name, data in own_config(module, self._options.dtype, scratch):
                     found.setdefault(name, data)
         if self._index is not None:
             found[INDEX_NAME] = self._index
@@ -428,8 +424,11 @@ def _named(key: str, value: Any, prefix: str) -> Iterator[_Named]:
 
 def _adapt(adapter: Adapter, one: _Named) -> Iterator[tuple[str, torch.Tensor]]:
     answer = adapter(one.name, one.tensor)
-    for pair in [(answer, one.tensor)] if isinstance(answer, str) else answer or ():
-        name, view = pair
+    try:
+        pairs = [(answer, one.tensor)] if isinstance(answer, str) else [(name, view) for name, view in answer or ()]
+    except (TypeError, ValueError):
+        pairs = [("", one.tensor)]
+    for name, view in pairs:
         if not isinstance(name, str) or not name or not isinstance(view, torch.Tensor):
             raise InvalidArgument(
                 f"the adapter's answer for {one.name!r} is neither a name, None, nor (name, tensor) pairs"
@@ -570,7 +569,7 @@ def _split(tensors: Mapping[str, _Tensor], max_bytes: int) -> list[list[str]]:
 def _header(tensors: Mapping[str, _Tensor], ties: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The file's header, where each tensor begins in the file, and the file's size; in bytes."""
     # Tied names are told as safetensors.torch.save_model does, so that load_model finds them.
-    rows: dict[str, Any] = {"__metadata__": {"format": "pt", **ties}}
+    rows: dict[str, Any] = {_HEADER_METADATA: {**ties, "format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
     # Larger elements first, so that every tensor is aligned to its own.
@@ -601,43 +600,3 @@ def _assign(tensors: Mapping[str, _Tensor], begins: Mapping[str, int], load: lis
             part = Part(name, about.dtype, about.shape, offsets, sizes, begins[name])
             chosen.setdefault(rank, []).append(part)
     return chosen or {0: []}
-
-
-# -- the small files --------------------------------------------------------------------------------
-
-
-def _asset_files(source: Any, scratch: Path) -> Iterator[tuple[str, bytes]]:
-    if isinstance(source, Path):
-        yield from _files_below(source)
-        return
-    with tempfile.TemporaryDirectory(prefix=".assets-", dir=scratch) as directory:
-        source.save_pretrained(directory)
-        yield from _files_below(Path(directory))
-
-
-def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file but weights, hidden ones and our own manifest, with its bytes."""
-    for root, directories, names in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith((".", "__pycache__")))
-        for name in sorted(names):
-            path = Path(root, name)
-            relative = path.relative_to(directory).as_posix()
-            hidden = name.startswith(".") or name == MANIFEST_NAME
-            if not hidden and not name.lower().endswith(_WEIGHT_SUFFIXES) and is_plain_relative(relative):
-                yield relative, path.read_bytes()
-
-
-def _own_config(module: torch.nn.Module, dtype: torch.dtype | None, scratch: Path) -> Iterator[tuple[str, bytes]]:
-    """``config.json`` and ``generation_config.json`` of a transformers model, as ``save_pretrained`` writes them."""
-    if "transformers" not in sys.modules:
-        return
-    from transformers import PreTrainedModel
-
-    if not isinstance(module, PreTrainedModel):
-        return
-    config = copy.deepcopy(module.config)
-    config.architectures = [type(module).__name__.removeprefix("FSDP")]
-    config.dtype = str(dtype or module.dtype).removeprefix("torch.")
-    yield from _asset_files(config, scratch)
-    if module.can_generate() and module.generation_config is not None:
-        yield from _asset_files(module.generation_config, scratch)

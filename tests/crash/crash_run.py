@@ -172,7 +172,12 @@ def die_after_mkdir(run: Path, trace: AtEffect) -> None:
     """Create a run and save, but die where the run's or a series' directory was just made and is not synced yet."""
     arm(trace, run.parents[1])
     made: list[str] = []
-    sys.addaudithook(lambda event, args: made.append(os.fspath(args[0])) if event == "os.mkdir" else None)
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.mkdir" and not os.path.lexists(args[0]):
+            made.append(os.fspath(args[0]))
+
+    sys.addaudithook(watch)
     real = durable.sync_directory
 
     def sync_directory(path: Path) -> None:

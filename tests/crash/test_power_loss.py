@@ -194,16 +194,16 @@ def undo(disk: Disk, rows: list[CheckpointRecord], first: str) -> None:
     folder = disk.at(f"alpha/{new.series}")
     assert folder is not None
     assert folder.entries is not None
-    name = {row: Path(row.directory).name for row in (old, new)}
+    final_old, final_new = Path(old.directory).name, Path(new.directory).name
     staging, retired = Path(new.staging_directory).name, Path(old.retired_directory).name
     if first.startswith("GATHERED with a published"):
-        folder.durable_entries = {staging: folder.entries[name[new]]}
+        folder.durable_entries = {staging: folder.entries[final_new]}
         if new.overwrites:
-            folder.durable_entries[name[old]] = folder.entries[staging]
+            folder.durable_entries[final_old] = folder.entries[staging]
     elif first.startswith("GATHERED with the old"):
-        folder.durable_entries = {staging: folder.entries[staging], name[old]: folder.entries[retired]}
+        folder.durable_entries = {staging: folder.entries[staging], final_old: folder.entries[retired]}
     elif first.startswith("the row says retiring"):
-        folder.durable_entries = {name[new]: folder.entries[name[new]], name[old]: folder.entries[retired]}
+        folder.durable_entries = {final_new: folder.entries[final_new], final_old: folder.entries[retired]}
 
 
 def test_a_run_whose_creation_was_killed_survives_a_power_cut_once_it_has_saved(forks, tmp_path):

@@ -318,7 +318,7 @@ def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_
 
 def _one_trainer_dies(here: Here) -> list[Any]:
     manager = manager_on(here, wait=timeouts(close_on_error_s=3.0))
-    with pytest.raises(SaveFailed) as caught, manager:
+    with pytest.raises(SaveFailed) as caught, manager:  # noqa: PT012 - leaving the block is what is tested
         _commits(here, manager, 1)
         assert manager.writer_pid is not None
         if here.rank == 1:
@@ -354,7 +354,7 @@ def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_
 def test_one_rank_that_leaves_on_an_exception_does_not_hang_the_others(here: Here) -> None:
     began = time.monotonic()
     expected = ZeroDivisionError if here.rank == 1 else RanksDisagree
-    with pytest.raises(expected), manager_on(here) as manager:
+    with pytest.raises(expected), manager_on(here) as manager:  # noqa: PT012 - leaving the block is what is tested
         _commits(here, manager, 1)
         if here.rank == 1:
             raise ZeroDivisionError

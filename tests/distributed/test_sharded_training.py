@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,10 @@ def _train_and_save(here: Here) -> list[float]:
     reference = {"model": whole_state(state["model"]), "optimizer": whole_state(state["optimizer"])}
     with manager_on(here, series=_series()) as manager:
         torch.manual_seed(100 + here.rank)
-        own = {"rng": PerRank(RandomState(), when_resized="skip"), "loader": PerRank(1000 + here.rank, when_resized="skip")}
+        own = {
+            "rng": PerRank(RandomState(), when_resized="skip"),
+            "loader": PerRank(1000 + here.rank, when_resized="skip"),
+        }
         pendings = [manager.save(2, {**state, **own})]
         drawn = torch.rand(3).tolist()
         pendings += [manager.save(2, {"model": state["model"]}, name) for name in ("hf", "small", "half")]
@@ -213,10 +218,7 @@ def test_per_rank_state_goes_back_to_its_rank_or_is_refused_on_every_rank(tmp_pa
 
 
 def _exchanged_bytes() -> int:
-    """What has gone over this process's TCP connections in both directions: tcp_info's bytes_acked and bytes_received."""
-    import os
-    import socket
-
+    """What has gone over this process's TCP connections: bytes_acked and bytes_received of tcp_info."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:

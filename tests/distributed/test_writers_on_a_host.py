@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -48,7 +49,7 @@ def _write_intervals(run_dir: Path, pids: list[int], done: Any) -> tuple[list[tu
         return int(Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0])
 
     base = {pid: written(pid) for pid in pids}
-    last, seen = dict(base), {pid: (0.0, 0.0) for pid in pids}
+    last, seen = dict(base), dict.fromkeys(pids, (0.0, 0.0))
     most = 0
     while not done():
         now = time.monotonic()
@@ -78,7 +79,7 @@ def test_with_one_write_slot_at_most_one_writer_of_the_host_writes(tmp_path: Pat
     assert most == 1
     assert len(intervals) >= 3, "too few writers were seen writing to judge"
     intervals.sort()
-    for (_, ended), (began, _) in zip(intervals, intervals[1:], strict=False):
+    for (_, ended), (began, _) in itertools.pairwise(intervals):
         assert ended < began, f"two writers wrote at the same time: {intervals}"
 
 

@@ -224,14 +224,15 @@ def test_a_failure_in_the_background_is_noticed_at_the_next_poll_and_not_at_the_
             manager.poll()
             os.kill(pid, signal.SIGKILL)
             began = time.monotonic()
-            with pytest.raises(SaveFailed, match="step 1 failed"):
+            with pytest.raises(SaveFailed, match="step 1 failed"):  # noqa: PT012 - which poll raises is open
                 while time.monotonic() - began < 5:
                     manager.poll()
                     time.sleep(0.01)
         assert time.monotonic() - began < 3
     naive_last = Naive(tmp_path / "last", write=_no_space)
     naive_last.save(1, {"t": torch.ones(10)})  # the last save of the run: nobody ever hears of it
-    with pytest.raises(SaveFailed, match="step 9 failed"), open_manager() as manager, paused_writer(manager) as pid:
+    leaving = pytest.raises(SaveFailed, match="step 9 failed")
+    with leaving, open_manager() as manager, paused_writer(manager) as pid:
         manager.save(9, {"t": torch.ones(10)})
         time.sleep(0.3)
         os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""However a manager ends, nothing of it stays: no process, thread, memory, descriptor or lock; and no orphan writes on."""
+"""However a manager ends, nothing of it stays: no process, thread, memory, descriptor or lock; no orphan writes on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_opening_and_closing_leaks_no_descriptor_and_no_thread(open_manager: Ope
 
 def test_leaving_on_an_exception_finishes_the_save_and_frees_the_run(open_manager: Open, run_dir: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(ZeroDivisionError), open_manager() as manager:
+    with pytest.raises(ZeroDivisionError), open_manager() as manager:  # noqa: PT012 - leaving the block is tested
         manager.save(1, {"t": torch.zeros(100)})
         raise ZeroDivisionError
     assert time.monotonic() - began < 5
@@ -77,7 +78,7 @@ def test_leaving_on_an_exception_finishes_the_save_and_frees_the_run(open_manage
 
 
 def test_leaving_on_an_exception_with_a_hung_writer_ends_in_time(open_manager: Open, run_dir: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_manager(timeouts=SHORT) as manager:
+    with pytest.raises(ZeroDivisionError), open_manager(timeouts=SHORT) as manager:  # noqa: PT012 - see above
         first = manager.save(1, {"t": torch.zeros(100)})
         assert first is not None
         first.wait()
@@ -113,7 +114,9 @@ def test_closing_with_a_hung_writer_ends_in_time_and_tells(
     assert not leftovers()
 
 
-def test_several_saves_in_flight_at_a_short_close_all_end(open_manager: Open, paused_writer: Pause, run_dir: Path) -> None:
+def test_several_saves_in_flight_at_a_short_close_all_end(
+    open_manager: Open, paused_writer: Pause, run_dir: Path
+) -> None:
     manager = open_manager(series=[Series(name, DCP()) for name in "abc"], on_failure="warn")
     with paused_writer(manager):
         pendings = [manager.save(1, {"t": torch.zeros(100)}, name) for name in "abc"]
@@ -125,7 +128,9 @@ def test_several_saves_in_flight_at_a_short_close_all_end(open_manager: Open, pa
 
 
 def test_a_constructor_that_fails_leaves_nothing(open_manager: Open, run_dir: Path) -> None:
-    run_dir.with_name("run.journal.db").write_bytes(b"this is no database, but it is long enough to look like a file" * 99)
+    run_dir.with_name("run.journal.db").write_bytes(
+        b"this is no database, but it is long enough to look like a file" * 99
+    )
     with pytest.raises(JournalError):
         open_manager()
     assert not leftovers()
@@ -178,13 +183,14 @@ def test_the_writer_imports_no_torch_and_holds_nothing_of_the_trainer(open_manag
     with open_manager() as manager:
         writer = psutil.Process(manager.writer_pid)
         assert not [region.path for region in writer.memory_maps() if "torch" in region.path]
-        kept = [os.readlink(entry) for entry in Path(f"/proc/{writer.pid}/fd").iterdir()]
+        kept = [str(entry.readlink()) for entry in Path(f"/proc/{writer.pid}/fd").iterdir()]
         assert not [target for target in kept if ".journal." in target], kept
 
 
 def test_a_forked_child_cannot_use_the_manager_nor_harm_it(open_manager: Open, run_dir: Path) -> None:
     with open_manager() as manager:
-        with pytest.warns(DeprecationWarning) if sys.version_info >= (3, 12) else contextlib.nullcontext():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that forking with threads is risky
             child = os.fork()
         if child == 0:
             try:
@@ -262,8 +268,6 @@ def test_the_writer_dies_with_its_trainer_and_nothing_is_published(tmp_path: Pat
 
 
 def _fail_with(here: Here, on_failure: Any) -> Any:
-    import warnings
-
     arrived = []
     signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
     with CheckpointManager(here.run_dir, on_failure=on_failure) as manager:

@@ -39,7 +39,9 @@ def test_every_timeout_takes_the_environment_and_code_wins(name: str, monkeypatc
     assert all(getattr(Timeouts(), other) == defaults()[other] for other in others)
 
 
-@pytest.mark.parametrize(("name", "text", "value"), [("write_slots", "0", 0), ("nice", "19", 19), ("io_class", "idle", "idle")])
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [("write_slots", "0", 0), ("nice", "19", 19), ("io_class", "idle", "idle")]
+)
 def test_every_writer_option_takes_the_environment(
     name: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

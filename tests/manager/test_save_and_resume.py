@@ -77,7 +77,7 @@ def test_a_whole_trainer_comes_back_and_trains_on_bit_for_bit(open_manager: Open
     expected = _train(state, range(5, 10))
 
     other = _trainer(99)
-    blank: dict[str, Any] = {key: None for key in extra} | {
+    blank: dict[str, Any] = dict.fromkeys(extra) | {
         "nested": {"tensor": torch.zeros(2, 3, dtype=torch.int64)},
         "rng": PerRank(RandomState()),
         "loader": PerRank(None),
@@ -117,7 +117,9 @@ def test_a_fresh_optimizer_gets_its_momentum_back(open_manager: Open) -> None:
         assert not fresh["optimizer"].state
         manager.resume(fresh)
     for ours, theirs in zip(
-        state["optimizer"].state_dict()["state"].values(), fresh["optimizer"].state_dict()["state"].values(), strict=True
+        state["optimizer"].state_dict()["state"].values(),
+        fresh["optimizer"].state_dict()["state"].values(),
+        strict=True,
     ):
         assert ours.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -439,9 +441,9 @@ def test_a_checkpoint_cannot_run_code_when_it_is_loaded(open_manager: Open, run_
 
 
 def test_an_export_cannot_be_resumed_from(open_manager: Open) -> None:
-    with open_manager(series=[Series("hf", HuggingFace()), Series("checkpoint", DCP())]) as manager:
-        with pytest.raises(InvalidArgument, match="exports"):
-            manager.resume({"model": perceptron()}, series="hf")
+    series = [Series("hf", HuggingFace()), Series("checkpoint", DCP())]
+    with open_manager(series=series) as manager, pytest.raises(InvalidArgument, match="exports"):
+        manager.resume({"model": perceptron()}, series="hf")
 
 
 def test_ordered_dicts_and_modules_by_state_dict_alone_are_states_too(open_manager: Open) -> None:

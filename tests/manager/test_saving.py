@@ -112,7 +112,9 @@ def test_another_series_is_not_busy(open_manager: Open, paused_writer: Pause) ->
             pending.wait()
 
 
-def test_warming_up_while_a_save_is_in_flight_does_not_touch_its_bytes(open_manager: Open, paused_writer: Pause) -> None:
+def test_warming_up_while_a_save_is_in_flight_does_not_touch_its_bytes(
+    open_manager: Open, paused_writer: Pause
+) -> None:
     good = {"a": torch.full((3000,), 1.0), "b": torch.full((3000,), 2.0)}
     with open_manager() as manager:
         _save(manager, 1, good)
@@ -149,9 +151,8 @@ def test_a_step_that_is_saved_is_refused_and_the_next_is_fine(open_manager: Open
             manager.save(1, {"value": 9})
         assert Path(caught.value.path) == run_dir / "checkpoint" / "step-1"
         _save(manager, 2)
-    with open_manager() as manager:
-        with pytest.raises(StepAlreadySaved):
-            manager.save(2, {"value": 9})
+    with open_manager() as manager, pytest.raises(StepAlreadySaved):
+        manager.save(2, {"value": 9})
     assert _live(run_dir) == [1, 2]
 
 
@@ -245,7 +246,7 @@ def test_a_step_that_is_no_whole_number_is_refused(open_manager: Open, step: Any
 
 @pytest.mark.parametrize(
     "state",
-    [{}, [], None, {"": 1}, {3: 1}, {"f": lambda: 0}, {"o": object()}, {"own": PerRank(object())}, {"s": {1, 2}, "o": Path()},
+    [{}, [], None, {"": 1}, {3: 1}, {"f": lambda: 0}, {"o": object()}, {"own": PerRank(object())}, {"p": Path()},
      {"sparse": torch.eye(3).to_sparse()}, {"meta": torch.zeros(3, device="meta")}],
     ids=str,
 )  # fmt: skip
@@ -562,7 +563,7 @@ def test_a_journal_of_another_run_is_refused(open_manager: Open, run_dir: Path, 
         _save(manager, 1)
     with open_manager(tmp_path / "other") as manager:
         _save(manager, 1)
-    os.replace(tmp_path / "other.journal.db", tmp_path / "run.journal.db")
+    (tmp_path / "other.journal.db").replace(tmp_path / "run.journal.db")
     with pytest.raises(ForeignJournal) as caught:
         open_manager()
     assert "journal=" in caught.value.hint

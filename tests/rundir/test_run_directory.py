@@ -56,7 +56,9 @@ def _manifest(record: CheckpointRecord, files: tuple[FileEntry, ...], run_id: st
 FILES = {"__0_0.distcp": b"weights" * 100, ".metadata": b"meta", "sub/config.json": b"{}"}
 
 
-def _stage(rundir: RunDirectory, record: CheckpointRecord, files: dict[str, bytes] | None = None) -> tuple[FileEntry, ...]:
+def _stage(
+    rundir: RunDirectory, record: CheckpointRecord, files: dict[str, bytes] | None = None
+) -> tuple[FileEntry, ...]:
     staging = rundir.create_staging(record)
     entries = _fill(staging, files or FILES)
     rundir.seal(record, _manifest(record, entries))
@@ -70,7 +72,7 @@ def _publish(rundir: RunDirectory, record: CheckpointRecord, files: dict[str, by
 
 
 def _names(rundir: RunDirectory, series: str = "checkpoint") -> list[str]:
-    return sorted(os.listdir(rundir.path / series))
+    return sorted(path.name for path in (rundir.path / series).iterdir())
 
 
 # -- places and identity -----------------------------------------------------------------------------
@@ -146,7 +148,9 @@ def test_one_holder_at_a_time_and_it_is_named(run_dir: Path) -> None:
     assert second.lock_path.exists(), "removing the file would let two holders in"
 
 
-@pytest.mark.parametrize("note", ["", "garbage", "[]", '{"pid": "x"}', '{"command": "c", "pid": 1, "host": "h", "since": 1e99}'])
+@pytest.mark.parametrize(
+    "note", ["", "garbage", "[]", '{"pid": "x"}', '{"command": "c", "pid": 1, "host": "h", "since": 1e99}']
+)
 def test_a_lock_file_with_another_note_is_an_unknown_holder(run_dir: Path, note: str) -> None:
     directory = RunDirectory(run_dir)
     directory.lock_path.write_text(note)
@@ -257,7 +261,7 @@ def test_a_link_on_the_way_is_never_followed(rundir: RunDirectory, tmp_path: Pat
     _publish(rundir, _record(1))
     (rundir.path / "checkpoint").rename(elsewhere)
     (rundir.path / "checkpoint").symlink_to(elsewhere)
-    before = sorted(os.listdir(elsewhere))
+    before = sorted(elsewhere.iterdir())
     for call in (
         lambda: rundir.create_staging(_record(2, 6)),
         lambda: rundir.read_manifest("checkpoint/step-5"),
@@ -267,7 +271,7 @@ def test_a_link_on_the_way_is_never_followed(rundir: RunDirectory, tmp_path: Pat
     ):
         with pytest.raises((UnsafePath, OSError)):
             call()
-    assert sorted(os.listdir(elsewhere)) == before
+    assert sorted(elsewhere.iterdir()) == before
 
 
 # -- verifying -------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ def test_a_link_on_the_way_is_never_followed(rundir: RunDirectory, tmp_path: Pat
         (lambda d: ((d / "sub").rename(d / "s"), (d / "sub").symlink_to("s")), "missing: sub/config.json", False),
         (lambda d: ((d / ".metadata").unlink(), os.mkfifo(d / ".metadata")), "missing: .metadata", False),
         (lambda d: (d / "sub" / "config.json").unlink(), "missing: sub/config.json", False),
-        (lambda d: (d.rename(d.with_name("gone"))), "missing: ", False),
+        (lambda d: d.rename(d.with_name("gone")), "missing: ", False),
     ],
     ids=["gone", "shorter", "longer", "changed", "directory", "link", "linked-parent", "fifo", "deep-gone", "all-gone"],
 )
@@ -456,7 +460,8 @@ def test_retiring_takes_the_final_name_first_and_only_from_its_own(rundir: RunDi
 
 
 @pytest.mark.parametrize(
-    "name", ["step-5", "notes", "hf-latest", ".step-5.e1.a1.quarantined", ".step-5.e1.a1.incomplete.bak", "ckptmgr.json"]
+    "name",
+    ["step-5", "notes", "hf-latest", ".step-5.e1.a1.quarantined", ".step-5.e1.a1.incomplete.bak", "ckptmgr.json"],
 )
 def test_only_staging_and_retired_names_are_removed(rundir: RunDirectory, name: str) -> None:
     (rundir.path / "checkpoint" / name).mkdir(parents=True)

@@ -1,0 +1,67 @@
+"""
+The small files of an export: config, generation config, tokenizer, processor, templates, code, but no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptmgr.manifest import MANIFEST_NAME, is_plain_relative
+
+#: What holds weights, or an index of them, in a model directory.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite",
+    ".safetensors.index.json", ".bin.index.json",
+)  # fmt: skip
+
+
+def asset_files(source: Any, scratch: Path) -> Iterator[tuple[str, bytes]]:
+    """
+    The files that *source* brings, with their bytes.
+
+    Args:
+        source: A local model directory, or an object with ``save_pretrained``.
+        scratch: A directory of the run in which such an object may save itself for a moment.
+    """
+    if isinstance(source, Path):
+        yield from _files_below(source)
+        return
+    with tempfile.TemporaryDirectory(prefix=".assets-", dir=scratch) as directory:
+        source.save_pretrained(directory)
+        yield from _files_below(Path(directory))
+
+
+def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file but weights, hidden ones and our own manifest, with its bytes."""
+    for root, directories, names in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith((".", "__pycache__")))
+        for name in sorted(names):
+            path = Path(root, name)
+            relative = path.relative_to(directory).as_posix()
+            hidden = name.startswith(".") or name == MANIFEST_NAME
+            if not hidden and not name.lower().endswith(_WEIGHT_SUFFIXES) and is_plain_relative(relative):
+                yield relative, path.read_bytes()
+
+
+def own_config(module: torch.nn.Module, dtype: torch.dtype | None, scratch: Path) -> Iterator[tuple[str, bytes]]:
+    """``config.json`` and ``generation_config.json`` of a transformers model, as ``save_pretrained`` writes them."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__.removeprefix("FSDP")]
+    config.dtype = str(dtype or module.dtype).removeprefix("torch.")
+    yield from asset_files(config, scratch)
+    if module.can_generate() and module.generation_config is not None:
+        yield from asset_files(module.generation_config, scratch)
