@@ -91,6 +91,7 @@ class Go:
     """Rank 0's word to write: where, or why not."""
 
     directory: str
+    attempt: int = 0
     cause: str | None = None
 
 
@@ -173,7 +174,7 @@ class Leader:
             if attempt is not None:
                 self.fail(attempt, (own_failure(in_words(error)),))
             return None, Go("", cause=in_words(error))
-        return attempt, Go(str(staging))
+        return attempt, Go(str(staging), record.id)
 
     def commit(
         self,
@@ -182,11 +183,16 @@ class Leader:
         files: Sequence[FileEntry],
         reports: Sequence[Any],
         *,
+        decide_by: float,
         stage_s: float,
         write_s: float,
         gather_s: float,
     ) -> str | None:
-        """Steps 3 to 6: manifest, GATHERED, rename, COMMITTED. Returns why it failed, or None."""
+        """
+        Steps 3 to 6: manifest, GATHERED, rename, COMMITTED. Returns why it failed, or None.
+
+        After *decide_by* (of the monotonic clock) the other ranks may have given up; then nothing is gathered.
+        """
         record = attempt.record
         gathered = False
         started = time.monotonic()
@@ -202,6 +208,8 @@ class Leader:
             # Crash here: WRITING with every byte in the staging directory; recovery removes it, unproven.
             digest = self._rundir.seal(record, manifest)
             # Crash here: WRITING with a durable manifest; recovery removes it, the row does not vouch for it.
+            if time.monotonic() > decide_by:
+                raise TimeoutError("rank 0 came too late: the other ranks may have given up")
             attempt.lifecycle.gather(
                 manifest_digest=digest, bytes=manifest.bytes, files=manifest.files,
                 stage_s=stage_s, write_s=write_s, gather_s=gather_s,

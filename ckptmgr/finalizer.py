@@ -14,10 +14,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import RankFailure, SaveFailed
+from ckptmgr.errors import CheckpointError, RankFailure, SaveFailed
+from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
 from ckptmgr.options import Timeouts, WriterOptions
@@ -99,6 +101,7 @@ class Finalizer:
         timeouts: How long anything may take.
         options: How the writer process treats the machine.
         run_id: Names the host's write slots.
+        journal_path: Where a rank that has lost rank 0 looks what became of its save.
         leader: On rank 0 what leads, on the others None.
     """
 
@@ -110,9 +113,11 @@ class Finalizer:
         options: WriterOptions,
         *,
         run_id: str,
+        journal_path: Path,
         leader: Leader | None,
     ) -> None:
         self._ranks = ranks
+        self._journal_path = journal_path
         self._ticks = ticks
         self._timeouts = timeouts
         self._options = options
@@ -204,6 +209,7 @@ class Finalizer:
         patience = self._timeouts.write_s + self._timeouts.gather_s
         asked = time.monotonic()
         written = self._ranks.collect(job.number, _WRITTEN, mine, patience, frame=job.frame)
+        decide_by = time.monotonic() + self._timeouts.write_s
         gather_s = time.monotonic() - asked
         if go.cause is not None:
             failures: tuple[RankFailure, ...] = (self._own_failure(go.cause),)
@@ -215,11 +221,13 @@ class Finalizer:
             shared = [file.path for file in job.writer.shared_files()]
             if shared:
                 more, failures = self._read_back(job, go, shared)
+                decide_by = time.monotonic() + self._timeouts.write_s
                 files += more
             if not failures:
                 statuses = [written[rank] for rank in sorted(written)]
                 cause = leader.commit(
                     attempt, job, files, [status.report for status in statuses],
+                    decide_by=decide_by,
                     stage_s=max(status.stage_s for status in statuses),
                     write_s=max(status.answer.write_s for status in statuses),
                     gather_s=gather_s,
@@ -257,7 +265,9 @@ class Finalizer:
     # -- every other rank ---------------------------------------------------------------------------
 
     def _follow(self, job: Job) -> tuple[RankFailure, ...]:
-        longest = self._timeouts.write_s + 2 * self._timeouts.gather_s
+        # Rank 0 waits write_s + gather_s for the slowest rank, and then has write_s to decide.
+        longest = 2 * self._timeouts.write_s + 2 * self._timeouts.gather_s
+        go = None
         try:
             _, go = self._ranks.await_order(job.number, (_GO,), self._timeouts.collective_s)
             self._ranks.report(job.number, _WRITTEN, self._write(job, go), longest, frame=job.frame)
@@ -267,9 +277,31 @@ class Finalizer:
                 self._ranks.report(job.number, _DIGESTS, mine, longest, frame=job.frame)
                 _, value = self._ranks.await_order(job.number, (_OUTCOME,), longest)
         except TimeoutError as error:
-            return (RankFailure(0, self._ranks.host_of(0), f"no word from rank 0: {error}", True),)
+            return self._ask_the_journal(go.attempt if go is not None else 0, f"no word from rank 0: {error}")
         failures: tuple[RankFailure, ...] = value
         return failures
+
+    def _ask_the_journal(self, attempt: int, doubt: str) -> tuple[RankFailure, ...]:
+        """What became of a save whose outcome did not arrive. Rule L6: the journal knows, not this rank's exception."""
+        deadline = time.monotonic() + self._timeouts.gather_s
+        silent = (RankFailure(0, self._ranks.host_of(0), doubt, True),)
+        while attempt:
+            try:
+                with Journal.open_read_only(self._journal_path) as journal:
+                    record = journal.checkpoint(attempt)
+            except CheckpointError as error:
+                log.warning("cannot ask the journal what became of attempt %d: %s", attempt, error)
+                break
+            if record.state is CheckpointState.FAILED:
+                return tuple(RankFailure(**facts) for facts in record.failures) or silent
+            if record.state is CheckpointState.COMMITTED:
+                return ()
+            if record.state is not CheckpointState.GATHERED:
+                break
+            if time.monotonic() > deadline:
+                return ()  # the point of no return is behind it: whoever finishes it commits it
+            time.sleep(0.1)
+        return silent
 
     # -- all ranks ----------------------------------------------------------------------------------
 

@@ -464,7 +464,13 @@ class CheckpointManager:
         self._ranks.all_or_none(error, "opening the run")
         run_id = self._ranks.broadcast(self._journal.run_id if self._journal is not None else None)
         self._finalizer = Finalizer(
-            self._ranks, self._ticks, self._timeouts, options, run_id=run_id, leader=self._leader
+            self._ranks,
+            self._ticks,
+            self._timeouts,
+            options,
+            run_id=run_id,
+            journal_path=self._rundir.journal_path,
+            leader=self._leader,
         )
         cause = self._finalizer.start_writer()
         self._ranks.all_or_none(CheckpointError(cause) if cause is not None else None, "starting the writer process")
@@ -537,7 +543,7 @@ class CheckpointManager:
     def _patience_s(self) -> float:
         """Longer than a save can take by its own timeouts: queueing, writing, reading back, and the messages."""
         return len(self._series) * (
-            2 * self._timeouts.write_s + 6 * self._timeouts.gather_s + self._timeouts.collective_s
+            4 * self._timeouts.write_s + 6 * self._timeouts.gather_s + self._timeouts.collective_s
         )
 
     def _settle(self, job: Job, *, heard: bool = False) -> None:

@@ -137,7 +137,7 @@ class RunDirectory:
             note = json.loads(_read_small(self.lock_path, 1 << 16))
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(note["since"]))
             return f"{note['command']}, pid {int(note['pid'])} on {note['host']}, since {since}"
-        except (OSError, ValueError, TypeError, KeyError, CorruptCheckpoint):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, CorruptCheckpoint):
             return "an unknown process"
 
     # -- identity -------------------------------------------------------------------------------
@@ -413,9 +413,7 @@ class RunDirectory:
         if not os.path.lexists(retired) and self._attempt_at(record.directory) == record.id:
             durable.rename_new(self._inside(record.directory), retired)
             # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
-            durable.sync_directory(retired.parent)
-        if retired.parent.is_dir():
-            durable.remove_tree(retired)
+        self._remove(retired)
 
     def remove(self, path: str) -> None:
         """
@@ -427,9 +425,7 @@ class RunDirectory:
         match = _WORKING.match(path.rpartition("/")[2])
         if match is None or match[4] == "quarantined":
             raise UnsafePath(f"refusing to remove {path!r}", path=path, reason="not a staging or retired directory")
-        absolute = self._inside(path)
-        if absolute.parent.is_dir():
-            durable.remove_tree(absolute)
+        self._remove(self._inside(path))
 
     def quarantine(self, path: str, record: CheckpointRecord) -> str:
         """Set a directory aside for inspection under a name nobody resumes from; returns the new path."""
@@ -467,7 +463,7 @@ class RunDirectory:
 
     def point_latest(self, series: str, record: CheckpointRecord | None) -> None:
         """Let ``<series>/hf-latest`` name the newest committed export, swapped atomically; None removes it."""
-        link = self._inside(series) / LATEST_NAME
+        link = self._inside(f"{series}/{LATEST_NAME}")
         if os.path.lexists(link) and not link.is_symlink():
             raise UnsafePath(f"{link} is not a link", path=str(link), reason="not ours")
         current = str(link.readlink()) if link.is_symlink() else None
@@ -478,6 +474,14 @@ class RunDirectory:
             durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _remove(self, path: Path) -> None:
+        if os.path.lexists(path):
+            # A process that died may have renamed it to this name and not synced that: a power cut during
+            # the removal must not bring half of it back under its final name.
+            durable.sync_directory(path.parent)
+        if path.parent.is_dir():
+            durable.remove_tree(path)
 
     def _attempt_at(self, path: str) -> int | None:
         try:

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from ckptmgr.lifecycle import Format
 from ckptmgr.writers import state as states
 from ckptmgr.writers.arena import Copy, Layout, aligned
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
+
+log = logging.getLogger("ckptmgr")
 
 MAPPINGS_NAME = "mappings.json"
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -122,20 +125,29 @@ class DCPWriter:
         bound = tuple(sorted(name for name, value in per_rank.items() if value.when_resized == "refuse"))
         return Taken(planner, plan, objects, blob, bound, mappings, digest.digest())
 
-    def local_plan(self, taken: Taken) -> SavePlan:
-        """What rank 0 must know of this rank to plan."""
-        return taken.plan
+    def local_plan(self, taken: Taken) -> tuple[SavePlan, dict[MetadataIndex, bytes]]:
+        """What rank 0 must know of this rank to plan: PyTorch's plan, and a digest of each value."""
+        digests = {index: hashlib.blake2b(data, digest_size=8).digest() for index, data in taken.objects.items()}
+        return taken.plan, digests
 
-    def plan_globally(self, plans: Sequence[SavePlan]) -> list[SavePlan]:
+    def plan_globally(self, locals_: Sequence[tuple[SavePlan, dict[MetadataIndex, bytes]]]) -> list[SavePlan]:
         """
-        Rank 0 only: decide which rank writes what.
+        Rank 0 only: decide which rank writes what. Of a value that several ranks have, the lowest one's is stored.
 
         Raises:
-            InvalidArgument: The pieces do not make up whole tensors, or overlap.
+            InvalidArgument: The pieces do not make up whole tensors, overlap, or differ where they should be copies.
         """
+        _check_copies([plan for plan, _ in locals_])
+        _warn_of_values_that_differ([digests for _, digests in locals_])
+        stored: set[MetadataIndex] = set()
+        plans = []
+        for plan, digests in locals_:
+            items = [i for i in plan.items if i.type is not WriteItemType.BYTE_IO or i.index not in stored]
+            stored |= digests.keys()
+            plans.append(dataclasses.replace(plan, items=items))
         planner = DefaultSavePlanner()
         try:
-            final, metadata = planner.create_global_plan(list(plans))
+            final, metadata = planner.create_global_plan(plans)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             raise InvalidArgument(f"the ranks' state does not fit together: {error}") from error
         self._metadata = metadata
@@ -229,6 +241,38 @@ class DCPWriter:
             self._metadata, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
         )
         yield ".metadata", pickle.dumps(metadata)
+
+
+def _check_copies(plans: Sequence[SavePlan]) -> None:
+    """Refuse a tensor of one name that is not the same on every rank that has it: one copy would be stored for all."""
+    seen: dict[MetadataIndex, tuple[int, Any]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            if (data := item.tensor_data) is None:
+                continue
+            about = (data.properties.dtype, tuple(data.size), tuple(data.chunk.sizes))
+            other, known = seen.setdefault(item.index, (rank, about))
+            if known != about:
+                raise InvalidArgument(
+                    f"{item.index.fqn!r} is {about[0]} {list(about[1])} on rank {rank}, but {known[0]} {list(known[1])} "
+                    f"on rank {other}",
+                    hint="wrap state that differs by rank in PerRank",
+                )
+
+
+def _warn_of_values_that_differ(digests: Sequence[Mapping[MetadataIndex, bytes]]) -> None:
+    first: dict[MetadataIndex, bytes] = {}
+    differing = {
+        index.fqn
+        for of_rank in digests
+        for index, digest in of_rank.items()
+        if first.setdefault(index, digest) != digest
+    }
+    if differing:
+        log.warning(
+            "%s differs by rank, and only the lowest rank's is stored; wrap what each rank must get back in PerRank",
+            ", ".join(sorted(differing)[:5]),
+        )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:
