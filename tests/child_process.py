@@ -18,7 +18,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import errno
 import functools
 import importlib
 import json
@@ -35,7 +34,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,7 +132,10 @@ def writers_of(pid: int) -> list[int]:
         if folder.name.isdecimal():
             with contextlib.suppress(OSError):
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"ckptmgr.writers.worker" in words and words[words.index(b"ckptmgr.writers.worker") + 2] == b"%d" % pid:
+                if (
+                    b"ckptmgr.writers.worker" in words
+                    and words[words.index(b"ckptmgr.writers.worker") + 2] == b"%d" % pid
+                ):
                     found.append(int(folder.name))
     return found
 
@@ -270,22 +272,24 @@ def arm_writer() -> None:
         kind = {"AtComment": AtComment, "AtEffect": AtEffect}[facts.pop("kind")]
         root = Path(facts.pop("root"))
         what = kind(**facts)
-        global die
-        die = _die_with_trainer
+        Death.takes_trainer_along = True
         if isinstance(what, AtComment):
             _die_at_line(what)
         else:
             Effects(root, what).install(journal=False)
 
 
+class Death:
+    """What else goes when this process dies."""
+
+    takes_trainer_along = False
+
+
 def die() -> NoReturn:
     """End this process as a crash does: no handler, no buffer, no lock is taken care of."""
-    os._exit(CRASHED)
-
-
-def _die_with_trainer() -> NoReturn:
-    # The trainer is stopped first, so that it cannot see its writer die and go on.
-    os.kill(os.getppid(), signal.SIGKILL)
+    if Death.takes_trainer_along:
+        # First, so that it cannot see its writer die and go on.
+        os.kill(os.getppid(), signal.SIGKILL)
     os._exit(CRASHED)
 
 
@@ -328,7 +332,9 @@ def place_of(comment: str) -> Place:
     source = file.read_text()
     text = source.splitlines()
     column = len(text[line - 1]) - len(text[line - 1].lstrip())
-    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and node.col_offset == column]
+    statements = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and node.col_offset == column
+    ]
     above = max((node for node in statements if node.lineno < line), key=lambda node: node.lineno)
     below = min((node for node in statements if node.lineno > line), key=lambda node: node.lineno, default=None)
     ends_block = False
@@ -425,7 +431,7 @@ class Effects:
         setattr(owner, name, wrapper)
 
     def _path(self, descriptor: int) -> str:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -471,10 +477,10 @@ def read_trace(path: Path) -> list[Effect]:
     return [Effect(int(nth), name, where) for nth, name, where in rows]
 
 
-def errors_once() -> Iterator[int]:
-    """What a disk says when it is full, and when it is broken."""
-    yield errno.ENOSPC
-    yield errno.EIO
+def mark_trace(path: Path, words: str) -> None:
+    """Put a line of its own into a trace, so that a test finds its way about in it."""
+    with path.open("a") as stream:
+        stream.write(f"0\tmark\t{words}\n")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,15 @@ def hear_alike(here: Here, manager: CheckpointManager) -> SaveFailed:
 _number = itertools.count()
 
 
-def rows(here: Here) -> dict[int, CheckpointRecord]:
-    """The newest row of each step in the journal, read as the command line reads it."""
+def journal_records(here: Here) -> list[CheckpointRecord]:
+    """Every row of the journal, read as the command line reads it."""
     with Journal.open_read_only(here.run_dir.with_name("run.journal.db")) as journal:
-        return {record.step: record for record in journal.checkpoints()}
+        return journal.checkpoints()
+
+
+def rows(here: Here) -> dict[int, CheckpointRecord]:
+    """The newest row of each step in the journal."""
+    return {record.step: record for record in journal_records(here)}
 
 
 def assert_failed(record: CheckpointRecord, rank: int, cause: str, host: str) -> None:

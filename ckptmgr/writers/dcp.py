@@ -253,21 +253,17 @@ def _check_copies(plans: Sequence[SavePlan]) -> None:
             about = (data.properties.dtype, tuple(data.size), tuple(data.chunk.sizes))
             other, known = seen.setdefault(item.index, (rank, about))
             if known != about:
+                here, there = (f"{dtype} {list(shape)}" for dtype, shape, _ in (about, known))
                 raise InvalidArgument(
-                    f"{item.index.fqn!r} is {about[0]} {list(about[1])} on rank {rank}, but {known[0]} {list(known[1])} "
-                    f"on rank {other}",
+                    f"{item.index.fqn!r} is {here} on rank {rank}, but {there} on rank {other}",
                     hint="wrap state that differs by rank in PerRank",
                 )
 
 
 def _warn_of_values_that_differ(digests: Sequence[Mapping[MetadataIndex, bytes]]) -> None:
     first: dict[MetadataIndex, bytes] = {}
-    differing = {
-        index.fqn
-        for of_rank in digests
-        for index, digest in of_rank.items()
-        if first.setdefault(index, digest) != digest
-    }
+    everyone = [pair for of_rank in digests for pair in of_rank.items()]
+    differing = {index.fqn for index, digest in everyone if first.setdefault(index, digest) != digest}
     if differing:
         log.warning(
             "%s differs by rank, and only the lowest rank's is stored; wrap what each rank must get back in PerRank",

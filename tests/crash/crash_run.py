@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from child_process import AtComment, AtEffect, arm, die
+from child_process import AtComment, AtEffect, arm, die, mark_trace
 
 from ckptmgr import durable, recovery
 from ckptmgr.cli import main
@@ -127,7 +127,7 @@ def train(run: Path, saves: tuple[Save, ...], keep: int = 1, series: Iterable[st
 def without_exchange() -> None:
     """The file system of this child cannot swap two names."""
     real = durable._renameat2
-    durable._renameat2 = lambda source, target, flags: False if flags == 2 else real(source, target, flags)  # noqa: SLF001
+    durable._renameat2 = lambda source, target, flags: False if flags == 2 else real(source, target, flags)
 
 
 def prepare(run: Path, scenario: Scenario) -> None:
@@ -190,7 +190,7 @@ def die_after_mkdir(run: Path, trace: AtEffect) -> None:
 
 
 def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit) -> None:
-    """Save while the disk or the journal reports errors; whatever came of it, older ones are whole and the next works."""
+    """Save while the disk or the journal reports errors; whatever came of it, older ones are whole, and save again."""
     if not scenario.exchange:
         without_exchange()
     for fault in faults:
@@ -221,6 +221,9 @@ def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit
                 assert_what_was_acknowledged_is_whole(run)
             else:
                 note(run, "acknowledged", save)
+        for fault in faults:
+            if isinstance(fault, AtEffect) and fault.trace is not None:
+                mark_trace(Path(fault.trace), "the next save")
         last = Save(scenario.now[-1].series, 40)
         pending = opened.save(last.step, state(last.series, last.step, 0), last.series, metrics={"gen": 0})
         assert pending is not None
@@ -315,7 +318,7 @@ def tree(run: Path) -> dict[str, Any]:
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
         if path.is_symlink():
-            found[name] = ("link", os.readlink(path))
+            found[name] = ("link", str(path.readlink()))
         else:
             found[name] = "directory" if path.is_dir() else path.read_bytes()
     return found
@@ -375,7 +378,7 @@ def assert_sound(run: Path, *, set_aside: bool = False) -> dict[str, list[Checkp
         names = {item.path for item in there if item.kind is not FoundKind.LINK}
         assert names - aside == {row.directory for row in mine}
         if series == "hf" and mine:
-            assert os.readlink(run / "hf" / "hf-latest") == Path(mine[-1].directory).name
+            assert (run / "hf" / "hf-latest").readlink() == Path(Path(mine[-1].directory).name)
     assert bool(aside) == set_aside
     assert {getattr(action, "path", action) for action in left} == aside
     assert [path.name for path in run.iterdir() if path.name.endswith(".new")] == []
@@ -474,5 +477,3 @@ def copy_of(run: Path, to: Path) -> Path:
     """A whole run, with its journal and notes, in a new place."""
     shutil.copytree(run.parent, to, symlinks=True, dirs_exist_ok=True)
     return to / run.name
-
-

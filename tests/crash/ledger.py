@@ -81,7 +81,9 @@ SAVING = (
         scenarios=PUBLISHED,
     ),
     _left("GATHERED and published durably", "GATHERED", "final", "COMMITTED", old=_ASIDE, scenarios=PUBLISHED),
-    _left("COMMITTED with a stale meta.json and link", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=PUBLISHED),
+    _left(
+        "COMMITTED with a stale meta.json and link", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=PUBLISHED
+    ),
     _left(
         "COMMITTED and retiring under its final name", "COMMITTED", "final", "COMMITTED", old=_ASIDE, scenarios=RETIRING
     ),
@@ -140,7 +142,11 @@ RECOVERING = (
     _twice("GATHERED without any copy", "GATHERED with a complete", "dcp steady", "FAILED", "staging"),
     _twice("GATHERED without any copy", "GATHERED and published durably", "dcp first", "FAILED", "final"),
     _twice(
-        "a live checkpoint stands aside and its name is free", "GATHERED and published durably", "dcp overwrite", "FAILED", "final"
+        "a live checkpoint stands aside and its name is free",
+        "GATHERED and published durably",
+        "dcp overwrite",
+        "FAILED",
+        "final",
     ),
 )
 

@@ -13,7 +13,6 @@ from crash_run import NAMES, Scenario, as_left, copy_of, scenarios
 from ledger import REBUILDING, RECOVERING, SAVING, Left, Twice
 
 import ckptmgr
-from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
 from ckptmgr.recovery import Found
 from ckptmgr.rundir import RunDirectory
@@ -77,7 +76,9 @@ def test_crash_while_saving(forks, prepared, tmp_path, row: Left):
         run = prepared(facts, tmp_path / scenario)
         # That it fails first: its first file cannot be created.
         faults = (AtEffect(1, error=errno.EIO, in_writer=True),) if row.fails else ()
-        forks.crash(crash_run.crash_while_saving, run, facts, row.at, *faults, by=KILLED if row.at.in_writer else CRASHED)
+        forks.crash(
+            crash_run.crash_while_saving, run, facts, row.at, *faults, by=KILLED if row.at.in_writer else CRASHED
+        )
         rows, _ = as_left(run)
         new, found = rows[-1], find(run)
 

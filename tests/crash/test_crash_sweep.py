@@ -53,7 +53,9 @@ class Sweep:
         folder: Where the runs go.
     """
 
-    def __init__(self, forks: ForkServer, function: Callable[..., None], start: Callable[[Path], Path], folder: Path, *args):
+    def __init__(
+        self, forks: ForkServer, function: Callable[..., None], start: Callable[[Path], Path], folder: Path, *args
+    ):
         self._forks = forks
         self._function = function
         self._start = start

@@ -37,7 +37,9 @@ def test_an_error_of_the_disk_fails_the_save_and_nothing_else(forks, prepared, t
     def fail_at(effect: Effect) -> None:
         run, effects = go(effect.nth, (errno.ENOSPC, errno.EIO)[effect.nth % 2], str(effect.nth))
         rows = as_left(run)[0]
-        attempts = [row for row in rows if row.step == scenario.now[0].step and row.metrics["gen"] == scenario.now[0].gen]
+        attempts = [
+            row for row in rows if row.step == scenario.now[0].step and row.metrics["gen"] == scenario.now[0].gen
+        ]
         words = told(run)[len(scenario.before) * 2 :]
         try:
             if words[0] == "refused":
@@ -60,7 +62,7 @@ def test_an_error_of_the_disk_fails_the_save_and_nothing_else(forks, prepared, t
 
     effects = go(0, errno.EIO, "whole")[1]
     # The save that is to work afterwards is not part of it.
-    first = next((n for n, effect in enumerate(effects) if "-40." in effect.where), len(effects))
+    first = next(n for n, effect in enumerate(effects) if effect.name == "mark")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fail_at, chosen(effects[:first], 4 if in_writer else 8)))
 
@@ -77,6 +79,8 @@ def test_a_commit_of_the_journal_that_fails(forks, prepared, tmp_path, nth: int,
     fails = nth <= 3 and not done
 
     assert told(run)[-3:] == ["begun", "failed" if fails else "acknowledged", "acknowledged"]
-    attempts = [row.state for row in rows if row.step == scenario.now[0].step and row.metrics["gen"] == scenario.now[0].gen]
+    attempts = [
+        row.state for row in rows if row.step == scenario.now[0].step and row.metrics["gen"] == scenario.now[0].gen
+    ]
     assert attempts == ([] if fails and nth == 1 else ["FAILED" if fails else "COMMITTED"])
     forks.do(crash_run.check, run)

@@ -24,7 +24,12 @@ CASES = [(series, how) for series in NAMES for how in ("first", "steady", "overw
 
 
 def traced(
-    forks: ForkServer, start: Callable[[Path], Path], tmp_path: Path, function: str, *args: object, writer_fails: int = 0
+    forks: ForkServer,
+    start: Callable[[Path], Path],
+    tmp_path: Path,
+    function: str,
+    *args: object,
+    writer_fails: int = 0,
 ) -> tuple[Disk, list[Effect], Path]:
     """Run *function* with a trace of both processes in one file; the disk before, the effects, and the run."""
     run = start(tmp_path / "run")
@@ -36,7 +41,9 @@ def traced(
     return before, read_trace(Path(trace)), run
 
 
-def play(disk: Disk, effects: list[Effect], at_journal: Callable[[str], None], at_each: Callable[[], None] = lambda: None):
+def play(
+    disk: Disk, effects: list[Effect], at_journal: Callable[[str], None], at_each: Callable[[], None] = lambda: None
+):
     """
     Play all effects; before each journal transaction *at_journal* hears of it, before anything *at_each*.
 
@@ -62,9 +69,7 @@ def durable_under(disk: Disk, path: str) -> list[str]:
 @pytest.mark.parametrize(("series", "how"), CASES)
 def test_the_disk_can_answer_for_every_state_of_a_save(forks, prepared, tmp_path, series, how):
     scenario = scenarios(series)[how]
-    disk, effects, run = traced(
-        forks, lambda to: prepared(scenario, to), tmp_path, "crash_while_saving", scenario
-    )
+    disk, effects, run = traced(forks, lambda to: prepared(scenario, to), tmp_path, "crash_while_saving", scenario)
     rows = as_left(run)[0]
     new, old = rows[-1], rows[0] if scenario.before else None
     manifest = f"alpha/{new.staging_directory}/ckptmgr.json"
@@ -102,7 +107,12 @@ def test_the_disk_can_answer_for_every_state_of_a_save(forks, prepared, tmp_path
 
     play(disk, effects, journal, each)
 
-    expected = ["journal.begin", "journal.advance to WRITING", "journal.advance to GATHERED", "journal.advance to COMMITTED"]
+    expected = [
+        "journal.begin",
+        "journal.advance to WRITING",
+        "journal.advance to GATHERED",
+        "journal.advance to COMMITTED",
+    ]
     expected += ["journal.finish_retirement"] if old else []
     assert [what for what in said if "epoch" not in what] == expected
     assert durable_under(disk, new.directory) == []

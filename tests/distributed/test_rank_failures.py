@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import Here, on_ranks, start_ranks
-from saving_ranks import assert_failed, hear_alike, manager_on, poll_until_failure, rows, timeouts
+import torch.distributed as dist
+from rank_processes import Here, on_ranks, run_on_ranks, start_ranks
+from saving_ranks import assert_failed, hear_alike, journal_records, manager_on, poll_until_failure, rows, timeouts
 
 from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed, durable
 from ckptmgr.errors import InvalidArgument, RanksDisagree, RunLocked, SetupFailed
@@ -316,38 +317,55 @@ def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_
     assert all(outcome.startswith(str(state)) for (outcome,) in told), f"the journal says {state}, the ranks {told}"
 
 
-def _one_trainer_dies(here: Here) -> list[Any]:
+def _one_trainer_dies(here: Here, victim: int) -> list[Any]:
     manager = manager_on(here, wait=timeouts(close_on_error_s=3.0))
     with pytest.raises(SaveFailed) as caught, manager:  # noqa: PT012 - leaving the block is what is tested
         _commits(here, manager, 1)
         assert manager.writer_pid is not None
-        if here.rank == 1:
+        if here.rank == victim:
             os.kill(manager.writer_pid, signal.SIGSTOP)
         manager.save(2, _state(here))
+        time.sleep(0.5)
         here.meet()
-        if here.rank == 1:
-            here.tell("writer", manager.writer_pid)
+        if here.rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         began = time.monotonic()
         _, failure = poll_until_failure(here, manager, 15.0)
         took = time.monotonic() - began
         raise failure
-    import torch.distributed as dist
-
+    closed = time.monotonic() - began
     dist.destroy_process_group()
-    return [took, [[f.rank, f.silent] for f in caught.value.failures]]
+    return [took, closed, [[f.rank, f.silent] for f in caught.value.failures]]
 
 
-def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_path: Path) -> None:
-    with start_ranks(3, _one_trainer_dies, tmp_path) as world:
-        told = world.join(40, dead=[1])
-    for took, failures in (told[0], told[2]):
-        assert failures == [[1, True]]
+def _start_again(here: Here) -> None:
+    with manager_on(here) as manager:
+        resumed = manager.resume({"step": None})
+        assert resumed is not None
+        assert resumed.step == 1
+        _commits(here, manager, 2)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_trainer_that_is_killed_is_noticed_at_once_and_the_rest_can_close(tmp_path: Path, victim: int) -> None:
+    with start_ranks(3, _one_trainer_dies, tmp_path, victim=victim) as world:
+        told = world.join(40, dead=[victim])
+    for rank in {0, 1, 2} - {victim}:
+        took, closed, failures = told[rank]
+        assert failures == [[victim, True]]
         assert took < 10, "a dead rank must not be waited for as long as a silent one"
-    found = rows(world.here)
-    assert found[2].state is CheckpointState.FAILED
-    assert [entry["rank"] for entry in found[2].failures] == [1]
+        assert closed < 20
+    found = rows(world.here)[2]
+    if victim == 0:
+        assert found.state is CheckpointState.WRITING, "only rank 0 writes the journal"
+    else:
+        assert found.state is CheckpointState.FAILED
+        assert [entry["rank"] for entry in found.failures] == [1]
     assert not (world.here.run_dir / "checkpoint" / "step-2").exists()
+    run_on_ranks(2, _start_again, tmp_path)
+    states = [record.state for record in journal_records(world.here) if record.step == 2]
+    assert states == [CheckpointState.FAILED, CheckpointState.COMMITTED]
+    _nothing_in_flight_on_disk(world.here)
 
 
 @on_ranks(2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rank_processes import Here, run_on_ranks
+from rank_processes import Here, on_ranks, run_on_ranks
 from safetensors import safe_open
 from saving_ranks import manager_on, rows
 from tiny_models import mixture_of_experts, same, sharded, train_step, whole, whole_state
@@ -286,3 +286,20 @@ def _save_alike(here: Here) -> None:
 
 def test_checkpoints_and_exports_of_one_run_do_not_mix(tmp_path: Path) -> None:
     run_on_ranks(2, _save_alike, tmp_path)
+
+
+@on_ranks(1, distributed=True)
+def test_a_process_group_of_one_rank_is_one_rank(here: Here) -> None:
+    model, other = sharded(mixture_of_experts(0)), sharded(mixture_of_experts(1))
+    with manager_on(here) as manager:
+        for name in ("checkpoint", "hf"):
+            pending = manager.save(
+                1, {"model": model, "own": PerRank(5)} if name == "checkpoint" else {"model": model}, name
+            )
+            assert pending is not None
+            pending.wait()
+        state = {"model": other, "own": PerRank(0)}
+        assert manager.resume(state) is not None
+        assert state["own"].value == 5
+    assert same(whole_state(model), whole_state(other))
+    assert "model.embed_tokens.weight" in _exported(here.run_dir / "hf" / "hf-1")

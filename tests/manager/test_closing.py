@@ -21,7 +21,7 @@ import torch
 from opened_managers import Open, Pause, leftovers
 from rank_processes import Here, start_ranks
 
-from ckptmgr import DCP, CheckpointManager, CheckpointState, SaveFailed, Series, Timeouts, WriterOptions
+from ckptmgr import DCP, CheckpointManager, CheckpointState, KeepLast, SaveFailed, Series, Timeouts, WriterOptions
 from ckptmgr.errors import JournalError, ManagerClosed, RunLocked
 from ckptmgr.journal import Journal
 
@@ -337,3 +337,39 @@ def test_a_manager_that_is_not_closed_commits_and_leaves_no_orphan(tmp_path: Pat
     assert _states(tmp_path / "run") == {1: CheckpointState.COMMITTED}
     with Journal.open_read_only(tmp_path / "run.journal.db") as journal:
         assert journal.epochs()[-1].ended_at is not None
+
+
+def test_a_manager_that_was_taken_over_can_neither_commit_nor_delete(
+    open_manager: Open, paused_writer: Pause, run_dir: Path
+) -> None:
+    series = [Series("checkpoint", DCP(), keep=KeepLast(1))]
+    old = open_manager(series=series)
+    first = old.save(1, {"t": torch.zeros(100)})
+    assert first is not None
+    first.wait()
+    with paused_writer(old):
+        zombie = old.save(2, {"t": torch.ones(100)})
+        time.sleep(0.3)
+        # The lock of a network file system that lost it: nobody told the old manager.
+        old._rundir.release()
+        new = open_manager(series=series)
+        assert _states(run_dir)[2] is CheckpointState.FAILED
+        state = {"t": torch.ones(100)}
+        resumed = new.resume(state)
+        assert resumed is not None
+        assert resumed.step == 1
+        fresh = new.save(2, {"t": torch.full((100,), 2.0)})
+        assert fresh is not None
+        fresh.wait()
+    assert zombie is not None
+    with pytest.raises(SaveFailed):
+        zombie.wait()
+    late = old.save(3, {"t": torch.ones(100)})
+    assert late is not None
+    with pytest.raises(SaveFailed, match="epoch 2"):
+        late.wait()
+    old.close()
+    new.resume(state, verify_digests=True)
+    assert torch.equal(state["t"], torch.full((100,), 2.0))
+    new.close()
+    assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == ["step-2"]

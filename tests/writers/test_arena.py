@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
@@ -40,12 +41,17 @@ ALL_DTYPES = list(dtypes())
 
 
 def test_there_are_dtypes_to_try():
-    assert {torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.uint64, torch.float8_e5m2} <= set(ALL_DTYPES)
+    assert {torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.uint64, torch.float8_e5m2} <= set(
+        ALL_DTYPES
+    )
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_a_capture_holds_the_bits_of_every_dtype_and_shape(arena, dtype):
-    tensors = {str(shape): random_bits(dtype, shape, seed=len(shape)) for shape in [(), (1,), (7,), (3, 5), (2, 0, 4), (2, 3, 1, 2)]}
+    tensors = {
+        str(shape): random_bits(dtype, shape, seed=len(shape))
+        for shape in [(), (1,), (7,), (3, 5), (2, 0, 4), (2, 3, 1, 2)]
+    }
     layout = layout_of(tensors)
     arena.adopt(layout)
     arena.capture(tensors)
@@ -139,13 +145,9 @@ def test_an_arena_without_a_byte_has_no_memory(arena):
 
 def open_memory() -> list[str]:
     links = []
-    for name in os.listdir("/proc/self/fd"):
-        path = Path("/proc/self/fd", name)
-        if path.is_symlink():
-            try:
-                links.append(str(path.readlink()))
-            except FileNotFoundError:
-                continue
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(path.readlink()))
     return [link for link in links if "ckptmgr" in link]
 
 
@@ -209,7 +211,8 @@ def boxes(shape: tuple[int, ...]):
 
 
 SHAPES = [
-    (), (1,), (5,), (0,), (1, 1), (3, 4), (4, 1), (1, 4), (2, 0), (2, 3, 4), (1, 3, 1), (3, 1, 2), (2, 2, 1, 3), (1, 2, 3, 2),
+    (), (1,), (5,), (0,), (1, 1), (3, 4), (4, 1), (1, 4), (2, 0), (2, 3, 4), (1, 3, 1), (3, 1, 2), (2, 2, 1, 3),
+    (1, 2, 3, 2),
 ]  # fmt: skip
 
 

@@ -185,7 +185,9 @@ def test_saving_again_moves_tensor_bytes_and_changed_values(rank, tmp_path):
 
 def test_a_state_whose_shapes_change_is_laid_out_anew(rank, tmp_path):
     for size in (100, 3, 40):
-        rank.save({"w": torch.full((size,), float(size)), "v": torch.ones(size, 2, dtype=torch.int8)}, tmp_path / str(size))
+        rank.save(
+            {"w": torch.full((size,), float(size)), "v": torch.ones(size, 2, dtype=torch.int8)}, tmp_path / str(size)
+        )
     for size in (100, 3, 40):
         target = stock_load({"w": torch.empty(size), "v": torch.empty(size, 2, dtype=torch.int8)}, tmp_path / str(size))
         assert torch.equal(target["w"], torch.full((size,), float(size)))
@@ -261,7 +263,7 @@ class Evil:
 def test_a_metadata_file_with_code_in_it_is_refused_and_not_run(rank, tmp_path, payload):
     rank.save({"a": torch.zeros(2)}, tmp_path)
     (tmp_path / ".metadata").write_bytes(payload())
-    with pytest.raises(CorruptCheckpoint, match=".metadata"):
+    with pytest.raises(CorruptCheckpoint, match=r"\.metadata"):
         dcp.read(tmp_path, {"a": torch.zeros(2)}, 0, same_world=True)
     assert not Evil.ran
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -57,15 +58,18 @@ def files(directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (1, 1), (5_000_000_000, 5 * 10**9), ("5GB", 5 * 10**9), ("5GiB", 5 << 30), ("512mib", 512 << 20), ("1.5kb", 1500), (" 2 TB ", 2 * 10**12),
-        ("1KiB", 1024), ("17", 17), ("17b", 17), ("0.5KiB", 512),
+        (1, 1), (5_000_000_000, 5 * 10**9), ("5GB", 5 * 10**9), ("5GiB", 5 << 30), ("512mib", 512 << 20), ("1.5kb", 1500),
+        (" 2 TB ", 2 * 10**12), ("1KiB", 1024),
+        ("17", 17), ("17b", 17), ("0.5KiB", 512),
     ],
 )  # fmt: skip
 def test_a_size_is_bytes_or_text(size, expected):
     assert parse_size(size) == expected
 
 
-@pytest.mark.parametrize("size", [0, -1, True, None, "", "GB", "5 XB", "-5GB", "0GB", "1e9", "5GB5", "0.1", "5GBs", [5], "\u0665GB"])
+@pytest.mark.parametrize(
+    "size", [0, -1, True, None, "", "GB", "5 XB", "-5GB", "0GB", "1e9", "5GB5", "0.1", "5GBs", [5], "\u0665GB"]
+)
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(InvalidArgument, match="size"):
         HuggingFace(max_shard_size=size)
@@ -86,7 +90,12 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def test_a_header_says_where_every_aligned_tensor_lies(tmp_path):
-    state = {"b": torch.ones(3, dtype=torch.int8), "a": torch.arange(5.0), "c": torch.ones(2, dtype=torch.bfloat16), "d": torch.tensor(2.0, dtype=torch.float64)}
+    state = {
+        "b": torch.ones(3, dtype=torch.int8),
+        "a": torch.arange(5.0),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+        "d": torch.tensor(2.0, dtype=torch.float64),
+    }
     export(HuggingFace(), state, tmp_path)
     header, begin = header_of(tmp_path / "model.safetensors")
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -103,7 +112,7 @@ def test_a_header_says_where_every_aligned_tensor_lies(tmp_path):
     # safetensors allows no hole and no overlap.
     spans.sort()
     assert spans[0][0] == 0
-    assert all(one[1] == other[0] for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(spans))
     assert begin + spans[-1][1] == len(data)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -162,7 +171,8 @@ def test_one_file_has_no_index_and_many_are_numbered(tmp_path):
 def test_floats_are_cast_and_everything_else_means_what_it_is(tmp_path):
     state = {
         "f64": torch.tensor([1.1], dtype=torch.float64), "f32": torch.tensor([1.1]), "f16": torch.tensor([1.1]).half(),
-        "i": torch.tensor([3]), "b": torch.tensor([True]), "f8": torch.tensor([1.5]).to(torch.float8_e4m3fn), "c": torch.tensor([1j]),
+        "i": torch.tensor([3]), "b": torch.tensor([True]), "f8": torch.tensor([1.5]).to(torch.float8_e4m3fn),
+        "c": torch.tensor([1j]),
     }  # fmt: skip
     back = weights(export(HuggingFace(dtype=torch.bfloat16), state, tmp_path))
 
@@ -170,7 +180,9 @@ def test_floats_are_cast_and_everything_else_means_what_it_is(tmp_path):
         "f64": torch.bfloat16, "f32": torch.bfloat16, "f16": torch.bfloat16, "i": torch.int64, "b": torch.bool,
         "f8": torch.float8_e4m3fn, "c": torch.complex64,
     }  # fmt: skip
-    assert all(same_bits(back[name], tensor.bfloat16()) for name, tensor in state.items() if name in ("f64", "f32", "f16"))
+    assert all(
+        same_bits(back[name], tensor.bfloat16()) for name, tensor in state.items() if name in ("f64", "f32", "f16")
+    )
 
 
 def test_saving_again_writes_the_new_values(tmp_path):
@@ -267,7 +279,8 @@ def test_one_module_keeps_its_names_and_several_get_their_keys_as_prefix(tmp_pat
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
 
     assert set(weights(export(HuggingFace(), {"model": one}, tmp_path / "1"))) == {"weight", "bias"}
-    assert set(weights(export(HuggingFace(), {"text": one, "vision": other, "scale": torch.ones(1)}, tmp_path / "2"))) == {
+    several = {"text": one, "vision": other, "scale": torch.ones(1)}
+    assert set(weights(export(HuggingFace(), several, tmp_path / "2"))) == {
         "text.weight", "text.bias", "vision.weight", "vision.bias", "scale",
     }  # fmt: skip
 
@@ -288,7 +301,12 @@ def test_an_adapter_renames_leaves_out_and_takes_apart(tmp_path):
             return [("turned.t", tensor.t())]
         return f"model.{name}"
 
-    state = {"gone": torch.zeros(1), "qkv": torch.arange(18.0).view(6, 3), "turned": torch.arange(6.0).view(2, 3), "kept": torch.ones(2)}
+    state = {
+        "gone": torch.zeros(1),
+        "qkv": torch.arange(18.0).view(6, 3),
+        "turned": torch.arange(6.0).view(2, 3),
+        "kept": torch.ones(2),
+    }
     back = weights(export(HuggingFace(adapter=adapter), state, tmp_path))
 
     assert set(back) == {"q.weight", "k.weight", "v.weight", "turned.t", "model.kept"}
@@ -319,10 +337,11 @@ def test_a_bad_adapter_is_refused(tmp_path, answer, why):
 
 def model_directory(at: Path) -> Path:
     texts = {
-        "config.json": "{}", "tokenizer.json": "[]", "chat_template.jinja": "{{ x }}", "modeling_custom.py": "x = 1", "README.md": "# m",
-        "sub/extra.json": "{}", "sub/deep/more.txt": "more", "vocab.txt": "a",
-        "model.safetensors": "w", "pytorch_model.bin": "w", "model.safetensors.index.json": "w", "sub/part.GGUF": "w", "tf_model.h5": "w",
-        ".gitattributes": "h", ".cache/huggingface/x": "h", "sub/.hidden": "h", "__pycache__/x.pyc": "h", "ckptmgr.json": "h",
+        "config.json": "{}", "tokenizer.json": "[]", "chat_template.jinja": "{{ x }}", "modeling_custom.py": "x = 1",
+        "README.md": "# m", "sub/extra.json": "{}", "sub/deep/more.txt": "more", "vocab.txt": "a",
+        "model.safetensors": "w", "pytorch_model.bin": "w", "model.safetensors.index.json": "w", "sub/part.GGUF": "w",
+        "tf_model.h5": "w", ".gitattributes": "h", ".cache/huggingface/x": "h", "sub/.hidden": "h",
+        "__pycache__/x.pyc": "h", "ckptmgr.json": "h",
     }  # fmt: skip
     for name, text in texts.items():
         (at / name).parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +354,17 @@ def test_a_directory_gives_everything_but_weights_and_hidden_files(tmp_path):
     export(HuggingFace(assets=source), {"a": torch.zeros(1)}, tmp_path / "out")
 
     assert files(tmp_path / "out") == sorted(
-        ["config.json", "tokenizer.json", "chat_template.jinja", "modeling_custom.py", "README.md", "sub/extra.json", "sub/deep/more.txt", "vocab.txt", "model.safetensors"]
+        [
+            "config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "modeling_custom.py",
+            "README.md",
+            "sub/extra.json",
+            "sub/deep/more.txt",
+            "vocab.txt",
+            "model.safetensors",
+        ]
     )
     assert (tmp_path / "out" / "sub" / "deep" / "more.txt").read_text() == "more"
     assert set(weights(tmp_path / "out")) == {"a"}
@@ -370,13 +399,21 @@ def test_objects_save_their_files_themselves(tmp_path):
     assets = [Tokenizer(tokenizer_json="t"), Tokenizer(config_json="c"), model_directory(tmp_path / "source") / "sub"]
     export(HuggingFace(assets=assets), {"a": torch.zeros(1)}, tmp_path / "out")
 
-    assert files(tmp_path / "out") == ["config.json", "deep/more.txt", "extra.json", "model.safetensors", "tokenizer.json"]
+    assert files(tmp_path / "out") == [
+        "config.json",
+        "deep/more.txt",
+        "extra.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def test_assets_that_agree_about_a_file_are_fine_and_others_are_refused(tmp_path):
     export(HuggingFace(assets=[Tokenizer(a_json="x"), Tokenizer(a_json="x")]), {"a": torch.zeros(1)}, tmp_path / "ok")
-    with pytest.raises(InvalidArgument, match="'a.json'"):
-        export(HuggingFace(assets=[Tokenizer(a_json="x"), Tokenizer(a_json="y")]), {"a": torch.zeros(1)}, tmp_path / "no")
+    with pytest.raises(InvalidArgument, match=r"'a\.json'"):
+        export(
+            HuggingFace(assets=[Tokenizer(a_json="x"), Tokenizer(a_json="y")]), {"a": torch.zeros(1)}, tmp_path / "no"
+        )
 
 
 @pytest.mark.parametrize("assets", ["nowhere", 5, [object()]])
@@ -387,6 +424,8 @@ def test_assets_that_are_neither_directory_nor_object_are_refused(assets):
 
 def test_an_assets_own_index_does_not_replace_ours(tmp_path):
     source = model_directory(tmp_path / "source")
-    export(HuggingFace(assets=source, max_shard_size=50), {"a": torch.zeros(10), "b": torch.zeros(10)}, tmp_path / "out")
+    export(
+        HuggingFace(assets=source, max_shard_size=50), {"a": torch.zeros(10), "b": torch.zeros(10)}, tmp_path / "out"
+    )
 
     assert set(weights(tmp_path / "out")) == {"a", "b"}

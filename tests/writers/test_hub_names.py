@@ -40,7 +40,9 @@ def qwen3_moe_one_expert() -> Any:
     """Dimensions of size 1 have strides that say nothing."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(**SMALL, num_key_value_heads=1, head_dim=8, num_experts=1, num_experts_per_tok=1, moe_intermediate_size=1)
+    config = Qwen3MoeConfig(
+        **SMALL, num_key_value_heads=1, head_dim=8, num_experts=1, num_experts_per_tok=1, moe_intermediate_size=1
+    )
     return Qwen3MoeForCausalLM(config)
 
 
@@ -49,12 +51,14 @@ def qwen3_vl_moe() -> Any:
 
     config = Qwen3VLMoeConfig(
         text_config={
-            **SMALL, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+            **SMALL, "num_key_value_heads": 1, "head_dim": 8,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
         },
         vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16,
+            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
         },
     )  # fmt: skip
     return Qwen3VLMoeForConditionalGeneration(config)
@@ -70,8 +74,9 @@ def deepseek_v3() -> Any:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(
-        **SMALL, num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-        first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1,
+        **SMALL, num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, n_shared_experts=1,
     )  # fmt: skip
     return DeepseekV3ForCausalLM(config)
 
@@ -97,11 +102,30 @@ def bert() -> Any:
 def gpt_oss() -> Any:
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    config = GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, layer_types=["full_attention"] * 2)
+    config = GptOssConfig(
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+    )
     return GptOssForCausalLM(config)
 
 
-MODELS = [llama, qwen3_tied, qwen3_moe, qwen3_moe_one_expert, qwen3_vl_moe, mixtral, deepseek_v3, gpt2_tied, t5_tied, bert, gpt_oss]
+MODELS = [
+    llama,
+    qwen3_tied,
+    qwen3_moe,
+    qwen3_moe_one_expert,
+    qwen3_vl_moe,
+    mixtral,
+    deepseek_v3,
+    gpt2_tied,
+    t5_tied,
+    bert,
+    gpt_oss,
+]
 
 
 def made(make: Any) -> Any:

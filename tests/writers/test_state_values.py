@@ -20,9 +20,10 @@ from ckptmgr.writers import state as states
 from ckptmgr.writers.state import PerRank, RandomState
 
 PLAIN = [
-    None, True, False, 0, -1, 1 << 31, 1 << 63, -(1 << 63), 1 << 1999, 1 << 2000, -(1 << 2030), 0.0, -0.0, 1e308, float("inf"), "", "text", "\u00e9\u4e2d",
-    b"", b"bytes", b"\x00" * 300, bytes(range(256)), 1 + 2j, (), [], {}, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[], [[]]],
-    {1: "a", "b": (2, [3])}, collections.OrderedDict(a=1), torch.Size([2, 3]), torch.float32, torch.bfloat16, "x" * 100_000, "\ud800",
+    None, True, False, 0, -1, 1 << 31, 1 << 63, -(1 << 63), 1 << 1999, 1 << 2000, -(1 << 2030), 0.0, -0.0, 1e308,
+    float("inf"), "", "text", "\u00e9\u4e2d", "x" * 100_000, "\ud800", b"", b"bytes", b"\x00" * 300, bytes(range(256)),
+    1 + 2j, (), [], {}, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[], [[]]], {1: "a", "b": (2, [3])},
+    collections.OrderedDict(a=1), torch.Size([2, 3]), torch.float32, torch.bfloat16,
     {"empty": b"", "nested": [b"", (b"",)]},
 ]  # fmt: skip
 
@@ -84,9 +85,11 @@ def test_tensors_among_values_keep_every_bit(dtype):
 def arrays() -> list[numpy.ndarray]:
     of_length = {"S": "S8", "U": "U8", "V": "V8", "M": "M8[s]", "m": "m8[s]"}
     kinds = [numpy.dtype(of_length.get(code, code)) for code in numpy.typecodes["All"] if code != "O"]
-    return [numpy.frombuffer(bytes(i % 2 for i in range(6 * kind.itemsize)), dtype=kind).reshape(2, 3) for kind in kinds if kind.kind not in "fcSU"] + [
-        numpy.arange(6).astype(kind).reshape(2, 3) for kind in kinds if kind.kind in "fcSU"
-    ]
+    return [
+        numpy.frombuffer(bytes(i % 2 for i in range(6 * kind.itemsize)), dtype=kind).reshape(2, 3)
+        for kind in kinds
+        if kind.kind not in "fcSU"
+    ] + [numpy.arange(6).astype(kind).reshape(2, 3) for kind in kinds if kind.kind in "fcSU"]
 
 
 @pytest.mark.parametrize("array", arrays(), ids=lambda array: array.dtype.str)
@@ -131,7 +134,19 @@ LOOP.append(LOOP)
         open,
         {Custom: 1},
     ],
-    ids=["object", "deep", "code", "lambda", "datetime", "object array", "huge int", "loop", "Random", "builtin", "class"],
+    ids=[
+        "object",
+        "deep",
+        "code",
+        "lambda",
+        "datetime",
+        "object array",
+        "huge int",
+        "loop",
+        "Random",
+        "builtin",
+        "class",
+    ],
 )
 def test_what_cannot_be_stored_safely_is_refused_when_it_is_saved(value):
     with pytest.raises(InvalidArgument, match="what cannot be stored safely"):
@@ -159,11 +174,23 @@ def test_the_state_of_every_generator_comes_back_exactly():
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
     random.gauss(0, 1), numpy.random.standard_normal()  # both keep half of a pair for the next call
     data = states.dump(PerRank(stored).take(), "rng")
-    expected = [random.random(), random.gauss(0, 1), *numpy.random.rand(2), numpy.random.standard_normal(), *torch.rand(3)]
+    expected = [
+        random.random(),
+        random.gauss(0, 1),
+        *numpy.random.rand(2),
+        numpy.random.standard_normal(),
+        *torch.rand(3),
+    ]
     random.seed(9), numpy.random.seed(9), torch.manual_seed(9)
     PerRank(stored).give_back(states.load(data, "rng"))
 
-    assert [random.random(), random.gauss(0, 1), *numpy.random.rand(2), numpy.random.standard_normal(), *torch.rand(3)] == expected
+    assert [
+        random.random(),
+        random.gauss(0, 1),
+        *numpy.random.rand(2),
+        numpy.random.standard_normal(),
+        *torch.rand(3),
+    ] == expected
 
 
 def test_a_plain_per_rank_value_is_given_back_in_place():

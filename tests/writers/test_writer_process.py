@@ -129,7 +129,10 @@ TRAINER = """
 def test_a_writer_dies_with_its_trainer(then):
     code = textwrap.dedent(TRAINER).format(then=then)
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     ) as trainer:
         pid = int(trainer.stdout.readline())
         try:
@@ -178,7 +181,9 @@ def test_a_writer_that_was_replaced_has_no_arena_and_says_so(process, arena, tmp
 def test_a_job_that_needs_more_than_the_arena_has_is_refused(process, arena, tmp_path):
     assert process.share(arena, 30) is None
     for segment in (Segment(0, 1, 64), Segment(0, 0, 16, count=5, stride=16), Segment(0, 64, 1)):
-        answer = process.do(job(tmp_path, FileJob(f"{segment.length}-{segment.arena_offset}", 80, own=True, segments=(segment,))), 10)
+        answer = process.do(
+            job(tmp_path, FileJob(f"{segment.length}-{segment.arena_offset}", 80, own=True, segments=(segment,))), 10
+        )
         assert answer.cause is not None, segment
 
 
@@ -331,7 +336,9 @@ def test_an_arena_that_grew_is_mapped_anew(process, tmp_path):
             arena.capture({"x": tensor})
             assert process.share(arena, 30) is None
             name = f"{size}.bin"
-            answer = process.do(job(tmp_path, FileJob(name, 4 * size, own=True, segments=(Segment(0, 0, 4 * size),))), 10)
+            answer = process.do(
+                job(tmp_path, FileJob(name, 4 * size, own=True, segments=(Segment(0, 0, 4 * size),))), 10
+            )
             assert answer.cause is None
             assert (tmp_path / name).read_bytes() == tensor.numpy().tobytes()
     finally:
