@@ -370,4 +370,4 @@ def _call(hook: Callable[[Committed], Any], event: Committed) -> None:
 
 def in_words(error: BaseException) -> str:
     """An error as the cause that goes into journal and messages."""
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error.message if isinstance(error, CheckpointError) else error}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import CheckpointError, RankFailure, SaveFailed
+from ckptmgr.errors import CheckpointError, RankFailure, SaveFailed, StaleWriter
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
@@ -360,4 +360,6 @@ class Finalizer:
 def _hint(failures: Sequence[RankFailure]) -> str:
     if any("No space left" in failure.cause or "Disk quota" in failure.cause for failure in failures):
         return "free disk space; the next save will work, and older checkpoints are untouched"
+    if any(failure.cause.startswith(StaleWriter.__name__) for failure in failures):
+        return StaleWriter.hint
     return "the next save works; `ckptmgr show RUN STEP` has the causes per rank"

@@ -54,8 +54,8 @@ WITHOUT_TORCH = {"writers/__init__.py", "writers/jobs.py", "writers/worker.py", 
 #: Calls that change names or bytes on disk. SQLite changes its own file itself; nobody else does outside durable.py.
 CHANGES = {
     "os": {
-        "rename", "renames", "replace", "remove", "unlink", "rmdir", "removedirs", "mkdir", "makedirs", "mkfifo", "link",
-        "symlink", "truncate", "ftruncate", "fsync", "fdatasync", "write", "pwrite", "writev", "pwritev", "sendfile",
+        "rename", "renames", "replace", "remove", "unlink", "rmdir", "removedirs", "mkdir", "makedirs", "mkfifo",
+        "link", "symlink", "truncate", "ftruncate", "fsync", "fdatasync", "write", "pwrite", "writev", "pwritev", "sendfile",
         "copy_file_range", "chmod", "utime",
     },
     "shutil": {"rmtree", "move", "copy", "copy2", "copyfile", "copyfileobj", "copytree"},

@@ -366,7 +366,7 @@ def test_a_manager_that_was_taken_over_can_neither_commit_nor_delete(
         zombie.wait()
     late = old.save(3, {"t": torch.ones(100)})
     assert late is not None
-    with pytest.raises(SaveFailed, match="epoch 2"):
+    with pytest.raises(SaveFailed, match="StaleWriter"):
         late.wait()
     old.close()
     new.resume(state, verify_digests=True)
