@@ -123,7 +123,7 @@ def test_a_writer_that_hangs_is_ended_after_write_s(here: Here) -> None:
         for step, victim in ((1, 1), (11, 0), (21, 1)):
             before = manager.writer_pid
             failure = _fails_and_recovers(here, manager, step, victim, _let_it_hang)
-            assert "did not answer within 1 s" in failure.failures[0].cause
+            assert "did not answer within" in failure.failures[0].cause
             assert (manager.writer_pid != before) == (here.rank == victim), "only the hung writer is replaced"
     if here.is_leader:
         assert_failed(rows(here)[1], 1, "did not answer", HOST)

@@ -191,7 +191,6 @@ def test_a_retiring_step_may_be_saved_again(steps):
         {"metrics": {"loss": object()}},
         {"note": "\udcff"},
     ],
-    ids=repr,
 )
 def test_begin_refuses_what_it_cannot_hold(steps, facts):
     with pytest.raises(InvalidArgument):

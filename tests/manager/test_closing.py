@@ -256,13 +256,15 @@ def test_the_writer_dies_with_its_trainer_and_nothing_is_published(tmp_path: Pat
         pid = world.here.ask("writer")
         world.join(20, dead=[0])
         assert _gone(pid, 2.0), "an orphan is still there"
-    state = _states(folder / "run")
-    assert state[1] is CheckpointState.COMMITTED
-    assert not (folder / "run" / "checkpoint" / "step-2").exists() or state[2] is CheckpointState.COMMITTED
+    published = (folder / "run" / "checkpoint" / "step-2").exists()
     with CheckpointManager(folder / "run") as manager:
-        resumed = manager.resume({"t": torch.zeros(100)}, step=1)
-        assert resumed is not None
-        assert _states(folder / "run")[2] in (CheckpointState.FAILED, CheckpointState.COMMITTED)
+        assert manager.resume({"t": torch.zeros(100)}, step=1) is not None
+        states = _states(folder / "run")
+        # The kill may come before the row exists; what is never allowed is a published directory without COMMITTED.
+        assert states[1] is CheckpointState.COMMITTED
+        assert states.get(2, CheckpointState.FAILED) is (
+            CheckpointState.COMMITTED if published else CheckpointState.FAILED
+        )
         left = [path.name for path in (folder / "run" / "checkpoint").iterdir() if path.name.startswith(".")]
         assert not left
 

@@ -248,7 +248,6 @@ def test_a_step_that_is_no_whole_number_is_refused(open_manager: Open, step: Any
     "state",
     [{}, [], None, {"": 1}, {3: 1}, {"f": lambda: 0}, {"o": object()}, {"own": PerRank(object())}, {"p": Path()},
      {"sparse": torch.eye(3).to_sparse()}, {"meta": torch.zeros(3, device="meta")}],
-    ids=str,
 )  # fmt: skip
 def test_a_state_that_cannot_be_saved_is_refused_at_the_call_and_leaves_no_row(
     open_manager: Open, run_dir: Path, state: Any
@@ -288,7 +287,6 @@ def test_metrics_that_are_no_numbers_are_refused(open_manager: Open, metrics: An
         {"on_failure": "ignore"},
         {"when_busy": "queue"},
     ],
-    ids=str,
 )
 def test_arguments_that_make_no_sense_are_refused_before_anything_is_touched(
     open_manager: Open, run_dir: Path, arguments: dict[str, Any]
