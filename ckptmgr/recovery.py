@@ -3,7 +3,7 @@ What a crash left, and how to bring journal and disk into agreement again.
 
 `plan` decides purely: the rows of the journal and the names found in the run directory in, actions
 out. `recover` carries the actions out, under the run lock and before any save; `preview` shows
-them; `rebuild` writes a lost journal anew from the manifests on disk.
+them.
 
 The rules that hold for every plan:
 
@@ -20,16 +20,15 @@ The rules that hold for every plan:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, assert_never
 
-from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, JournalError, UnsafePath
+from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
-from ckptmgr.manifest import MANIFEST_NAME, Manifest
+from ckptmgr.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -220,7 +219,7 @@ def _setting_aside(paths: Iterable[str]) -> str:
     return f"; set aside {listed}" if listed else ""
 
 
-def _as_dict(action: Action) -> dict[str, Any]:
+def as_dict(action: Action) -> dict[str, Any]:
     """One action as JSON-able facts."""
     body: dict[str, Any] = {"action": action.name, "changes": action.changes, "text": action.text}
     for field in dataclasses.fields(action):
@@ -525,7 +524,7 @@ class RecoveryReport:
         """The report as JSON-able facts."""
         return {
             "applied": self.applied,
-            "actions": [_as_dict(action) for action in self.actions],
+            "actions": [as_dict(action) for action in self.actions],
             "set_aside": dict(self.set_aside),
         }
 
@@ -672,139 +671,3 @@ class _Hands:
             )
 
         return Lifecycle(record.state, advance)
-
-
-# --- a journal that is lost ------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A published directory that a new journal can take in: its path, its manifest and the manifest's digest."""
-
-    path: str
-    manifest: Manifest
-    manifest_digest: str
-
-
-@dataclasses.dataclass(frozen=True)
-class RebuildReport:
-    """What a rebuilt journal holds, or would hold."""
-
-    run_id: str | None
-    #: In commit order, oldest first.
-    checkpoints: tuple[Candidate, ...]
-    #: Directories that stay where they are and are not taken in.
-    skipped: tuple[ReportStranger, ...]
-    applied: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able facts."""
-        return {
-            "applied": self.applied,
-            "run_id": self.run_id,
-            "checkpoints": [
-                {"path": item.path, "series": item.manifest.series, "step": item.manifest.step}
-                for item in self.checkpoints
-            ],
-            "skipped": [_as_dict(item) for item in self.skipped],
-        }
-
-
-def preview_rebuild(rundir: RunDirectory) -> RebuildReport:
-    """
-    Say what a journal rebuilt from the manifests on disk would hold, and do nothing.
-
-    Only published directories count, each with every file of its manifest there in its size;
-    ``ckptmgr check --deep`` compares the bytes. They count as committed in the order in which they
-    were begun, the only order a manifest knows.
-
-    Raises:
-        InvalidArgument: Nothing says which run this is, and the manifests name several.
-    """
-    readable: list[tuple[Found, Manifest, str]] = []
-    skipped: list[ReportStranger] = []
-    for item in _everything_published(rundir):
-        try:
-            readable.append((item, *rundir.read_manifest(item.path)))
-        except (CorruptCheckpoint, UnsafePath, OSError) as error:
-            skipped.append(ReportStranger(item.path, f"its manifest cannot be used: {error}"))
-    run_id = rundir.run_id()
-    if run_id is None:
-        named = sorted({manifest.run_id for _, manifest, _ in readable})
-        if len(named) > 1:
-            raise InvalidArgument(
-                f"{rundir.path} holds checkpoints of {len(named)} runs ({', '.join(named)})",
-                hint="move those that do not belong here out of the run directory",
-            )
-        run_id = named[0] if named else None
-    accepted: list[Candidate] = []
-    for item, manifest, digest in sorted(
-        readable, key=lambda each: (each[1].created_at, each[1].step, each[1].attempt)
-    ):
-        why = _why_not_taken_in(item, manifest, run_id, [other.manifest for other in accepted])
-        if why is None:
-            wrong = rundir.verify(item.path, manifest.files, digests=False)
-            why = f"it is damaged ({wrong[0]})" if wrong else None
-        if why is None:
-            accepted.append(Candidate(item.path, manifest, digest))
-        else:
-            skipped.append(ReportStranger(item.path, why))
-    return RebuildReport(run_id, tuple(accepted), tuple(sorted(skipped, key=lambda s: s.path)), applied=False)
-
-
-def rebuild(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pid: int) -> RebuildReport:
-    """
-    Fill a new journal from the manifests on disk; see `preview_rebuild` for what is taken in. Durable on return.
-
-    Rank 0 only, under the run lock. A rebuild that was interrupted goes on where it stopped.
-
-    Raises:
-        JournalError: The journal knows other checkpoints than those a rebuild would have put there.
-    """
-    report = preview_rebuild(rundir)
-    there = [record.manifest_digest for record in sorted(journal.checkpoints(), key=lambda r: r.commit_seq or 0)]
-    if there != [item.manifest_digest for item in report.checkpoints[: len(there)]]:
-        raise JournalError(
-            f"{journal.path} has checkpoints of its own, so it is not rebuilt",
-            hint="only a lost or damaged journal is rebuilt; move this one away first if it is",
-        )
-    if report.run_id is not None:
-        if journal.run_id != report.run_id:
-            journal.set_run_id(report.run_id)
-        if rundir.run_id() is None:
-            rundir.write_run_id(report.run_id)
-    for item in report.checkpoints[len(there) :]:
-        # Crash here: the first checkpoints are in the journal, in order; rebuilding again adds the rest.
-        journal.insert_rebuilt(
-            item.manifest,
-            epoch=epoch,
-            manifest_digest=item.manifest_digest,
-            committed_at=item.manifest.created_at,
-            host=host,
-            pid=pid,
-        )
-    return dataclasses.replace(report, applied=True)
-
-
-def _everything_published(rundir: RunDirectory) -> list[Found]:
-    """The published names below every directory that can be a series, for a journal that knows no series."""
-    found: list[Found] = []
-    for entry in sorted(rundir.path.iterdir()) if rundir.path.is_dir() else ():
-        if entry.is_dir() and not entry.is_symlink():
-            with contextlib.suppress(InvalidArgument):
-                found += rundir.listing([entry.name])
-    return [item for item in found if item.kind is FoundKind.FINAL and item.is_directory]
-
-
-def _why_not_taken_in(item: Found, manifest: Manifest, run_id: str | None, taken: Sequence[Manifest]) -> str | None:
-    if manifest.run_id != run_id:
-        return f"it belongs to run {manifest.run_id}"
-    if f"{manifest.series}/{manifest.format.directory_name(manifest.step)}" != item.path:
-        return f"its manifest says it is {manifest.series} step {manifest.step}"
-    if not (manifest.attempt and manifest.epoch and manifest.world_size):
-        return "its manifest has no attempt, epoch or world size"
-    if any(other.attempt == manifest.attempt for other in taken):
-        return f"another directory holds attempt {manifest.attempt} too"
-    if any((other.series, other.step) == (manifest.series, manifest.step) for other in taken):
-        return f"another directory holds step {manifest.step} of {manifest.series} too"
-    return None

@@ -22,6 +22,7 @@ PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
     {"errors", "options", "durable", "lifecycle", "manifest"},
     {"retention", "recovery", "resume"},
+    {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
     {"commit"},
     {"finalizer"},
@@ -55,13 +56,14 @@ WITHOUT_TORCH = {"writers/__init__.py", "writers/jobs.py", "writers/worker.py", 
 CHANGES = {
     "os": {
         "rename", "renames", "replace", "remove", "unlink", "rmdir", "removedirs", "mkdir", "makedirs", "mkfifo",
-        "link", "symlink", "truncate", "ftruncate", "fsync", "fdatasync", "write", "pwrite", "writev", "pwritev", "sendfile",
-        "copy_file_range", "chmod", "utime",
+        "link", "symlink", "truncate", "ftruncate", "fsync", "fdatasync", "write", "pwrite", "writev", "pwritev",
+        "sendfile", "copy_file_range", "chmod", "utime",
     },
     "shutil": {"rmtree", "move", "copy", "copy2", "copyfile", "copyfileobj", "copytree"},
 }  # fmt: skip
 PATH_METHODS = {
-    "write_text", "write_bytes", "unlink", "mkdir", "touch", "rmdir", "symlink_to", "hardlink_to", "rename", "chmod",
+    "write_text", "write_bytes", "unlink", "mkdir", "touch", "rmdir", "symlink_to", "hardlink_to", "rename",
+    "chmod",
 }  # fmt: skip
 
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}

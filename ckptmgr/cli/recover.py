@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptmgr import durable, recovery
+from ckptmgr import rebuild as rebuilding
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, size
@@ -130,7 +131,7 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
     from ckptmgr.journal import Journal
 
     rundir = target.locate(args)
-    report = recovery.preview_rebuild(rundir)
+    report = rebuilding.preview_rebuild(rundir)
     if rundir.run_id() is None and not report.checkpoints:
         raise JournalNotFound(
             f"{rundir.path} holds no checkpoint of a ckptmgr run to rebuild a journal from",
@@ -146,7 +147,7 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
                 moved = move_aside(rundir.journal_path)
             # Crash here: no journal; rebuilding again starts anew.
             with Journal.open(rundir.journal_path) as journal, target.epoch(journal, REBUILD_COMMAND) as who:
-                report = recovery.rebuild(journal, rundir, **who)
+                report = rebuilding.rebuild(journal, rundir, **who)
                 recovery.project(journal, rundir)
     if out.as_json:
         document = report.to_dict()

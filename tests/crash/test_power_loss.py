@@ -81,6 +81,9 @@ def test_the_disk_can_answer_for_every_state_of_a_save(forks, prepared, tmp_path
         said.append(what)
         if what == "journal.begin":
             projected.extend(projections(disk))
+        elif what == "journal.advance to WRITING":
+            staging = f"alpha/{new.staging_directory}"
+            assert disk.after_power_loss(staging) is disk.at(staging)
         elif what == "journal.advance to GATHERED":
             assert disk.at(manifest) is not None
             assert durable_under(disk, new.staging_directory) == []

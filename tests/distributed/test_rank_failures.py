@@ -174,7 +174,7 @@ def test_a_state_that_one_rank_cannot_take_is_refused_on_every_rank_and_leaves_n
 
 
 def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
-    with manager_on(here, wait=timeouts(write_s=1.0, gather_s=1.0)) as manager:
+    with manager_on(here, wait=timeouts(write_s=3.0, gather_s=1.0)) as manager:
         _commits(here, manager, 1)
         assert manager.writer_pid is not None
         if here.rank == victim:
@@ -182,6 +182,8 @@ def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
             os.kill(manager.writer_pid, signal.SIGSTOP)
         manager.save(2, _state(here))
         if here.rank == victim:
+            # Rank 0's word to write must have been taken before the trainer stops, or the save only begins late.
+            time.sleep(1.0)
             here.tell("victim", [os.getpid(), manager.writer_pid])
         count, failure = poll_until_failure(here, manager)
         here.meet()
@@ -197,7 +199,7 @@ def test_a_trainer_that_stops_is_named_silent_on_every_rank_and_the_next_save_co
     with start_ranks(world_size, _one_trainer_stops, tmp_path, victim=1) as world:
         trainer, writer = world.here.ask("victim")
         os.kill(trainer, signal.SIGSTOP)
-        time.sleep(3.5)
+        time.sleep(6.0)
         os.kill(writer, signal.SIGCONT)
         os.kill(trainer, signal.SIGCONT)
         told = world.join(40)

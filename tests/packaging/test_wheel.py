@@ -84,7 +84,11 @@ with Journal.open_read_only(path) as reader:
         "epoch": reader.current_epoch(),
         "ckptmgr": ckptmgr.__file__,
         "migrations": str(importlib.resources.files("ckptmgr.migrations")),
-        "checkout": [str(module) for module in sys.modules.values() if sys.argv[2] in str(module)],
+        "checkout": [
+            str(module)
+            for module in sys.modules.values()
+            if any(f"{sys.argv[2]}/{folder}/" in str(module) for folder in ("ckptmgr", "migrations"))
+        ],
     }))
 """
 

@@ -9,7 +9,7 @@ import pytest
 
 from ckptmgr.errors import InvalidArgument, JournalError
 from ckptmgr.journal import Journal
-from ckptmgr.recovery import preview_rebuild, rebuild
+from ckptmgr.rebuild import preview_rebuild, rebuild
 from ckptmgr.rundir import RUN_ID_NAME
 
 

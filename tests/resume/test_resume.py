@@ -380,7 +380,7 @@ def test_a_report_is_plain_data():
                 "id": "R007",
                 "level": "warning",
                 "text": "attempt 3 to save step 30 failed: r",
-                "hint": "run `ckptmgr show RUN 30` to see each rank's cause",
+                "hint": "run `ckptmgr show RUN 30 --series checkpoint` to see each rank's cause",
                 "series": "checkpoint",
                 "step": 30,
                 "checkpoint_id": 3,
