@@ -376,10 +376,13 @@ class RunDirectory:
         """
         staging, final = self._inside(record.staging_directory), self._inside(record.directory)
         at_final = self._attempt_at(record.directory)
+        if replaces is not None and at_final is None and os.path.lexists(final) and not final.is_symlink():
+            # The journal knows whose name this is, but nothing says that this is it: not ours to swap out and delete.
+            self.quarantine(record.directory, record)
         if at_final != record.id:
             if not os.path.lexists(final):
                 durable.rename_new(staging, final)
-            elif replaces is not None and at_final in (replaces.id, None) and not final.is_symlink():
+            elif replaces is not None and at_final == replaces.id:
                 if not durable.exchange(staging, final):
                     durable.rename_new(final, self._inside(replaces.retired_directory))
                     # Crash here: GATHERED with the old directory set aside; recovery publishes the new one.
