@@ -31,6 +31,9 @@ from ckptmgr.writers.jobs import FileJob, SharedFile
 
 log = logging.getLogger("ckptmgr")
 
+#: The thread that hooks run on.
+AFTER_COMMIT = "ckptmgr-after-commit"
+
 
 class Concluder(Protocol):
     """What rank 0's finalizer asks of a format's writer."""
@@ -138,7 +141,7 @@ class Leader:
         self._deleting = threading.Lock()
         self._saved = {(record.series, record.step) for record in journal.checkpoints(live_only=True)}
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._do_chores, name="ckptmgr-after-commit", daemon=True)
+        self._thread = threading.Thread(target=self._do_chores, name=AFTER_COMMIT, daemon=True)
         self._thread.start()
 
     def is_saved(self, series: str, step: int) -> bool:

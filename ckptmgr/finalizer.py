@@ -200,16 +200,25 @@ class Finalizer:
         if self._leader is None or failures:
             job.finished.set()
 
+    @property
+    def _outcome_s(self) -> float:
+        """
+        How long a rank waits for the outcome after its own report; rank 0 decides earlier, or not for COMMITTED.
+
+        Rank 0's own writing, then waiting for the slowest report, then what leads to GATHERED.
+        """
+        return 2 * self._timeouts.write_s + 2 * self._timeouts.gather_s
+
     # -- rank 0 -----------------------------------------------------------------------------------
 
     def _lead(self, job: Job, leader: Leader) -> tuple[RankFailure, ...]:
         attempt, go = leader.begin(job, self._ranks.world_size, self._own_failure)
+        ordered = time.monotonic()
         self._ranks.order(job.number, _GO, go, self._timeouts.collective_s)
         mine = self._write(job, go)
         patience = self._timeouts.write_s + self._timeouts.gather_s
         asked = time.monotonic()
         written = self._ranks.collect(job.number, _WRITTEN, mine, patience, frame=job.frame)
-        decide_by = time.monotonic() + self._timeouts.write_s
         gather_s = time.monotonic() - asked
         if go.cause is not None:
             failures: tuple[RankFailure, ...] = (self._own_failure(go.cause),)
@@ -220,14 +229,15 @@ class Finalizer:
             files = [entry for status in written.values() for entry in status.answer.files]
             shared = [file.path for file in job.writer.shared_files()]
             if shared:
+                ordered = time.monotonic()
                 more, failures = self._read_back(job, go, shared)
-                decide_by = time.monotonic() + self._timeouts.write_s
                 files += more
             if not failures:
                 statuses = [written[rank] for rank in sorted(written)]
                 cause = leader.commit(
                     attempt, job, files, [status.report for status in statuses],
-                    decide_by=decide_by,
+                    # No other rank began to wait for the outcome before it was told to write.
+                    decide_by=ordered + self._outcome_s - 0.1 * self._timeouts.gather_s,
                     stage_s=max(status.stage_s for status in statuses),
                     write_s=max(status.answer.write_s for status in statuses),
                     gather_s=gather_s,
@@ -265,8 +275,7 @@ class Finalizer:
     # -- every other rank ---------------------------------------------------------------------------
 
     def _follow(self, job: Job) -> tuple[RankFailure, ...]:
-        # Rank 0 waits write_s + gather_s for the slowest rank, and then has write_s to decide.
-        longest = 2 * self._timeouts.write_s + 2 * self._timeouts.gather_s
+        longest = self._outcome_s
         go = None
         try:
             _, go = self._ranks.await_order(job.number, (_GO,), self._timeouts.collective_s)

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -28,7 +29,7 @@ import torch
 
 from ckptmgr import recovery
 from ckptmgr import resume as resumption
-from ckptmgr.commit import Committed, Job, Leader
+from ckptmgr.commit import AFTER_COMMIT, Committed, Job, Leader
 from ckptmgr.errors import (
     CheckpointError,
     InvalidArgument,
@@ -149,7 +150,8 @@ class PendingSave:
         if self._job.failure is not None:
             self._job.failure_seen = True
             raise self._job.failure
-        self._job.finished.wait(max(0.0, deadline - time.monotonic()))
+        if threading.current_thread().name != AFTER_COMMIT:  # a hook would wait for itself
+            self._job.finished.wait(max(0.0, deadline - time.monotonic()))
 
     def __repr__(self) -> str:
         return f"<PendingSave {self.series} step {self.step}: {self.state or 'in flight'}>"
@@ -204,6 +206,7 @@ class CheckpointManager:
         self._rundir = RunDirectory(run_dir, journal)
         self._pid = os.getpid()
         self._closed = False
+        self._busy = threading.Lock()
         self._number = 0
         self._journal: Journal | None = None
         self._epoch = 0
@@ -269,7 +272,19 @@ class CheckpointManager:
             InvalidArgument: The state cannot be saved, on the same call on every rank.
             RanksDisagree: The ranks did not make the same call.
         """
-        self._open()
+        with self._calling():
+            return self._save(step, state, series, metrics, overwrite=overwrite, when_busy=when_busy)
+
+    def _save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        series: str,
+        metrics: Mapping[str, float] | None,
+        *,
+        overwrite: bool,
+        when_busy: WhenBusy | None,
+    ) -> PendingSave | None:
         chosen = self._find(series)
         _check_step(step)
         busy: WhenBusy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
@@ -316,8 +331,8 @@ class CheckpointManager:
         Raises:
             SaveFailed: A save failed; raised on every rank at the same call (with ``on_failure="raise"``).
         """
-        self._open()
-        self._hear(self._ticks.tick())
+        with self._calling():
+            self._hear(self._ticks.tick())
         return [PendingSave(job, self._patience_s) for job in self._in_flight.values() if not job.settled.is_set()]
 
     @contextlib.contextmanager
@@ -342,7 +357,10 @@ class CheckpointManager:
             InvalidArgument: The state cannot be saved.
             SetupFailed: A rank has no memory for its part.
         """
-        self._open()
+        with self._calling():
+            self._warm_up(state, series)
+
+    def _warm_up(self, state: Mapping[str, Any], series: str) -> None:
         self._find(series)
         plan = self._plans[series]
         if (previous := self._in_flight.get(series)) is not None:
@@ -392,7 +410,12 @@ class CheckpointManager:
             StateMismatch: *state* asks for something the checkpoint does not have.
             CorruptCheckpoint: A file cannot be read.
         """
-        self._open()
+        with self._calling():
+            return self._resume(state, step, series, allow_older=allow_older, verify_digests=verify_digests)
+
+    def _resume(
+        self, state: Mapping[str, Any], step: int | None, series: str, *, allow_older: bool, verify_digests: bool
+    ) -> Resumed | None:
         chosen = self._find(series)
         if chosen.format.kind is not Format.DCP:
             raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
@@ -436,7 +459,8 @@ class CheckpointManager:
         """
         if self._closed:
             return
-        self._tear_down(self._timeouts.close_s if timeout is None else timeout)
+        with self._calling():
+            self._tear_down(self._timeouts.close_s if timeout is None else timeout)
         self._hear(self._ticks.rest())
 
     def __enter__(self) -> Self:
@@ -502,36 +526,59 @@ class CheckpointManager:
         """The one place where everything is taken down; every step whatever became of the one before."""
         self._closed = True
         atexit.unregister(self._at_exit)
+        with contextlib.ExitStack() as last:
+            # In reverse: what is named last happens first, and an error in it keeps none of the others from happening.
+            last.callback(self._rundir.release)
+            last.callback(self._close_journal)
+            for plan in self._plans.values():
+                last.callback(plan.arena.close)
+            last.callback(self._stop, timeout_s)
+
+    def _stop(self, timeout_s: float) -> None:
         idle = True
         if self._finalizer is not None:
             idle = self._finalizer.close(timeout_s)
             if not idle:
-                log.error(
-                    "a save in flight could not be ended within %g s; it will be FAILED at the next start", timeout_s
-                )
+                log.error("a save in flight did not end within %g s; it will be FAILED at the next start", timeout_s)
         elif self._leader is not None:
             self._leader.close(timeout_s)
-        for plan in self._plans.values():
-            plan.arena.close()
-        if self._journal is not None:
-            with contextlib.suppress(CheckpointError):
-                if self._epoch:
-                    self._journal.end_epoch(self._epoch)
-            self._journal.close()
-        self._rundir.release()
         if idle:
             self._ranks.close()
+
+    def _close_journal(self) -> None:
+        if self._journal is None:
+            return
+        with contextlib.suppress(CheckpointError):
+            if self._epoch:
+                self._journal.end_epoch(self._epoch)
+        self._journal.close()
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid and not self._closed:
             log.warning("a CheckpointManager was not closed; closing it now")
             self._tear_down(self._timeouts.close_on_error_s)
 
-    def _open(self) -> None:
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """One call at a time: two would capture into the same memory, and ranks could not follow their order."""
         if self._closed:
             raise ManagerClosed
         if os.getpid() != self._pid:
             raise ManagerClosed("this manager belongs to the process that this one was forked from")
+        if threading.current_thread().name == AFTER_COMMIT:
+            raise InvalidArgument(
+                "an on_commit hook cannot call its manager",
+                hint="tell the training loop, and let it call; the other ranks have to call too",
+            )
+        if not self._busy.acquire(blocking=False):
+            raise InvalidArgument(
+                "another call of this manager is under way, in another thread or below this one",
+                hint="call save, poll, resume and close from one thread, one after the other",
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _find(self, series: str) -> Series:
         try:

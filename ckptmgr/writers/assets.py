@@ -40,8 +40,17 @@ def asset_files(source: Any, scratch: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file but weights, hidden ones and our own manifest, with its bytes."""
-    for root, directories, names in os.walk(directory):
+    """
+    Every file but weights, hidden ones and our own manifest, with its bytes.
+
+    Raises:
+        OSError: A directory cannot be read: an export without what should be in it would pass for whole.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, directories, names in os.walk(directory, onerror=refuse):
         directories[:] = sorted(name for name in directories if not name.startswith((".", "__pycache__")))
         for name in sorted(names):
             path = Path(root, name)

@@ -75,6 +75,10 @@ class HuggingFace:
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
+        # Saves come later, and the working directory may be another one by then.
+        given = self.assets if isinstance(self.assets, list | tuple) else [self.assets]
+        fixed = [Path(one).resolve() if isinstance(one, str | os.PathLike) else one for one in given if one is not None]
+        object.__setattr__(self, "assets", fixed or None)
         if self.dtype is not None and self.dtype not in _CASTABLE:
             raise InvalidArgument(f"dtype is {self.dtype}; exports are cast to {', '.join(map(str, _CASTABLE))}")
         for source in self.sources():
@@ -92,10 +96,7 @@ class HuggingFace:
 
     def sources(self) -> list[Any]:
         """The assets one by one: directories as paths, and objects with ``save_pretrained``."""
-        if self.assets is None:
-            return []
-        several = list(self.assets) if isinstance(self.assets, list | tuple) else [self.assets]
-        found = [Path(one) if isinstance(one, str | os.PathLike) else one for one in several]
+        found = list(self.assets or ())
         for one in found:
             if not isinstance(one, Path) and not hasattr(one, "save_pretrained"):
                 raise InvalidArgument(f"assets: {type(one).__name__} is neither a path nor has it save_pretrained")
