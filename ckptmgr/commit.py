@@ -271,7 +271,7 @@ class Leader:
         """Bring ``meta.json`` and the ``latest`` links up to the journal. A failure is reported and undoes nothing."""
         try:
             recovery.project(self._journal, self._rundir, series=self._series)
-        except (OSError, CheckpointError):
+        except Exception:
             log.exception("meta.json or a latest link is stale; the journal is right and both are made anew at start")
 
     def close(self, timeout_s: float) -> None:

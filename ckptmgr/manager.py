@@ -288,13 +288,14 @@ class CheckpointManager:
         chosen = self._find(series)
         _check_step(step)
         busy: WhenBusy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
-        numbers = _metrics(metrics)
+        numbers, unfit = _metrics(metrics) if self._ranks.rank == 0 else ({}, None)
         self._hear(self._ticks.tick())
         previous = self._in_flight.get(series)
         if previous is not None and busy == "wait":
             self._settle(previous)
         plan = self._plans[series]
         taken, error = self._take(plan, state)
+        error = error or unfit
         changed = taken is None or taken.signature != plan.signature
         word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite)
         call = [step, list(self._series).index(series), overwrite]
@@ -419,6 +420,9 @@ class CheckpointManager:
         chosen = self._find(series)
         if chosen.format.kind is not Format.DCP:
             raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
+        if (previous := self._in_flight.get(series)) is not None:
+            # What it commits is the newest, and what it retires must not be deleted while it is read.
+            self._settle(previous, heard=True)
         _, per_rank = split(state)
         strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
         decided: Any = None
@@ -456,12 +460,20 @@ class CheckpointManager:
 
         Raises:
             SaveFailed: A save failed that nobody was told of yet (with ``on_failure="raise"``).
+            WaitTimeout: A save in flight could not even be ended in time; everything else is closed.
         """
         if self._closed:
             return
         with self._calling():
             self._tear_down(self._timeouts.close_s if timeout is None else timeout)
         self._hear(self._ticks.rest())
+        if left := [job for job in self._in_flight.values() if not job.settled.is_set()]:
+            raise WaitTimeout(
+                f"{left[0].series} step {left[0].step} was still in flight; it will be FAILED at the next start",
+                hint="run `ckptmgr log RUN` to see how far it came",
+                what="the save in flight",
+                timeout_s=self._timeouts.close_s if timeout is None else timeout,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -769,17 +781,18 @@ def _check_step(step: Any) -> None:
         raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
 
 
-def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    numbers = {}
+def _metrics(metrics: Mapping[str, float] | None) -> tuple[dict[str, float], InvalidArgument | None]:
+    """Rank 0's numbers, or why they cannot be used; all ranks agree on that before anyone raises."""
+    numbers: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not isinstance(name, str) or not math.isfinite(number):
-            raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
+            return {}, InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
         numbers[name] = number
-    return numbers
+    return numbers, None
 
 
 def _versions() -> dict[str, str]:

@@ -137,7 +137,7 @@ class RunDirectory:
             note = json.loads(_read_small(self.lock_path, 1 << 16))
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(note["since"]))
             return f"{note['command']}, pid {int(note['pid'])} on {note['host']}, since {since}"
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, CorruptCheckpoint):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, CorruptCheckpoint):
             return "an unknown process"
 
     # -- identity -------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ class RunDirectory:
         """What ``meta.json`` says, or None if it is missing or unreadable. Nothing is decided by it."""
         try:
             body = json.loads(_read_small(self.path / META_NAME, 64 << 20))
-        except (OSError, ValueError, CorruptCheckpoint):
+        except (OSError, ValueError, RecursionError, CorruptCheckpoint):
             return None
         return body if isinstance(body, dict) else None
 

@@ -60,17 +60,21 @@ def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
                 yield relative, path.read_bytes()
 
 
-def own_config(module: torch.nn.Module, dtype: torch.dtype | None, scratch: Path) -> Iterator[tuple[str, bytes]]:
-    """``config.json`` and ``generation_config.json`` of a transformers model, as ``save_pretrained`` writes them."""
+def own_config(module: torch.nn.Module, dtype: torch.dtype | None) -> list[Any]:
+    """
+    Copies of the config and the generation config of a transformers model, as ``save_pretrained`` would write them.
+
+    Taken together with the weights, on the training thread: the model may be changed right after.
+    """
     if "transformers" not in sys.modules:
-        return
+        return []
     from transformers import PreTrainedModel
 
     if not isinstance(module, PreTrainedModel):
-        return
+        return []
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__.removeprefix("FSDP")]
     config.dtype = str(dtype or module.dtype).removeprefix("torch.")
-    yield from asset_files(config, scratch)
-    if module.can_generate() and module.generation_config is not None:
-        yield from asset_files(module.generation_config, scratch)
+    if not module.can_generate() or module.generation_config is None:
+        return [config]
+    return [config, copy.deepcopy(module.generation_config)]

@@ -163,6 +163,8 @@ class HuggingFaceWriter:
         self._files = 0
         self._index: bytes | None = None
         self._modules: list[torch.nn.Module] = []
+        self._configs: list[Any] = []
+        self._own: list[Any] = []
         self._views: dict[int, tuple[list[Any], dict[str, list[View]]]] = {}
 
     def take(self, state: State, rank: int) -> Taken:
@@ -327,9 +329,14 @@ class HuggingFaceWriter:
         return taken.tensors
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
-        """An export has no values besides tensors."""
-        del rank
+        """An export has no values besides tensors; rank 0 copies the configs that belong to them."""
         self._modules = taken.modules
+        if rank == 0:
+            dtype = self._options.dtype
+            sources = [source for source in self._options.sources() if isinstance(source, torch.nn.Module)]
+            self._configs = [config for source in sources for config in own_config(source, dtype)]
+            # The parts of a composed model have configs of their own, but none is the whole's.
+            self._own = own_config(self._modules[0], dtype) if len(self._modules) == 1 else []
         return [], None
 
     def prewrite(self, scratch: Path) -> Iterator[tuple[str, bytes]]:
@@ -340,16 +347,14 @@ class HuggingFaceWriter:
             InvalidArgument: Two assets have a file of the same name with different bytes.
         """
         found: dict[str, bytes] = {}
-        for source in self._options.sources():
-            files = own_config(source, self._options.dtype, scratch) if isinstance(source, torch.nn.Module) else None
-            for name, data in files or asset_files(source, scratch):
+        others = [source for source in self._options.sources() if not isinstance(source, torch.nn.Module)]
+        for source in (*others, *self._configs):
+            for name, data in asset_files(source, scratch):
                 if found.setdefault(name, data) != data:
                     raise InvalidArgument(f"two assets bring a different {name!r}")
-        if "config.json" not in found:
-            # The parts of a composed model have configs of their own, but none is the whole's.
-            for module in self._modules if len(self._modules) == 1 else ():
-                for name, data in own_config(module, self._options.dtype, scratch):
-                    found.setdefault(name, data)
+        for config in self._own if "config.json" not in found else ():
+            for name, data in asset_files(config, scratch):
+                found.setdefault(name, data)
         if self._index is not None:
             found[INDEX_NAME] = self._index
         yield from sorted(found.items())
