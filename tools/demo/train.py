@@ -258,6 +258,9 @@ def main() -> None:
     train(options, Report(options.report))
     if world_size() > 1:
         dist.destroy_process_group()
+        # Gloo's threads may still be giving tensors back, and one that meets an interpreter that is being taken
+        # down aborts the process (pytorch/pytorch issue 190489). Everything is closed, so there is nothing to take down.
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -377,4 +377,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: Gloo's threads may abort a process whose interpreter is being taken down (pytorch/pytorch issue 190489).
+    os._exit(status)
