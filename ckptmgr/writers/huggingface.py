@@ -45,8 +45,12 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.complex64: "C64",
+    torch.float4_e2m1fn_x2: "F4",
 }  # fmt: skip
+#: How many elements safetensors counts where PyTorch counts one.
+_PACKED = {torch.float4_e2m1fn_x2: 2}
 #: What `dtype` casts. Integers, booleans and quantised 8-bit floats mean what they are.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -105,7 +109,11 @@ class HuggingFace:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one rank holds of one tensor: a box of it, or all of it. *alias* tells tied tensors."""
+    """
+    What one rank holds of one tensor: a box of it, or all of it.
+
+    *alias* tells tied tensors; tensors with the same *block* go into the same file.
+    """
 
     name: str
     dtype: torch.dtype
@@ -113,6 +121,7 @@ class Piece:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     alias: tuple[Any, ...] | None
+    block: str
 
     @property
     def box(self) -> Box:
@@ -191,20 +200,20 @@ class HuggingFaceWriter:
         tensors: dict[object, torch.Tensor] = {}
         aliases: dict[Any, int] = {}
         digest = hashlib.blake2b(digest_size=16)
-        for name, shape, may_be_tied, boxes in self._published(named.values()):
+        for name, block, shape, may_be_tied, boxes in self._published(named.values()):
             order.append(name)
             for (offsets, sizes), tensor in boxes:
                 dtype = tensor.dtype
                 if self._options.dtype is not None and dtype in _CASTABLE:
                     dtype = self._options.dtype
-                if dtype not in _DTYPES:
-                    raise InvalidArgument(f"{name!r} is {dtype}, which safetensors does not know")
+                if dtype not in _DTYPES or (dtype in _PACKED and not shape):
+                    raise InvalidArgument(f"{name!r} is {dtype} {list(shape)}, which safetensors does not know")
                 alias = _alias(tensor) if may_be_tied else None
-                pieces.append(Piece(name, dtype, shape, offsets, sizes, alias))
+                pieces.append(Piece(name, dtype, shape, offsets, sizes, alias, block))
                 tensors[name, offsets] = tensor
                 # Where memory lies may change from save to save; who shares it is what the plan depends on.
                 group = aliases.setdefault(alias, len(aliases)) if alias else -1
-                digest.update(repr((name, dtype, shape, offsets, sizes, group)).encode())
+                digest.update(repr((name, dtype, shape, offsets, sizes, group, block)).encode())
         if _HEADER_METADATA in order:
             raise InvalidArgument(f"{_HEADER_METADATA!r} cannot name a tensor; the safetensors header has it already")
         if len(set(order)) != len(order):
@@ -214,21 +223,22 @@ class HuggingFaceWriter:
         return Taken(order, pieces, tensors, modules, digest.digest())
 
     def _published(self, named: Iterable[_Named]) -> Iterator[_Held]:
-        """(published name, whole shape, may be tied, this rank's boxes) of every tensor to export."""
+        """(published name, block, whole shape, may be tied, this rank's boxes) of every tensor to export."""
         for module, group in itertools.groupby(named, key=lambda one: one.module):
             views = self._hub_views(module) if module is not None and self._options.adapter is None else {}
             held: list[tuple[int, _Held]] = []
             for one in group:
                 if self._options.adapter is not None:
                     for name, tensor in _adapt(self._options.adapter, one):
-                        held.append((0, (name, tuple(tensor.shape), module is not None, _boxes(name, tensor))))
+                        held.append((0, (name, name, tuple(tensor.shape), module is not None, _boxes(name, tensor))))
                     continue
                 boxes = _boxes(one.name, one.tensor)
                 if not views:
-                    held.append((0, (one.name, tuple(one.tensor.shape), module is not None, boxes)))
+                    held.append((0, (one.name, one.name, tuple(one.tensor.shape), module is not None, boxes)))
                 for view in views.get(one.name.removeprefix(one.prefix), ()):
                     cuts = [cut for box, local in boxes if (cut := view.cut(box, local)) is not None]
-                    held.append((view.position, (one.prefix + view.name, view.shape, True, cuts)))
+                    name, block = one.prefix + view.name, one.prefix + view.block
+                    held.append((view.position, (name, block, view.shape, True, cuts)))
             yield from (entry for _, entry in sorted(held, key=operator.itemgetter(0)))
 
     def _hub_views(self, module: torch.nn.Module) -> dict[str, list[View]]:
@@ -398,7 +408,7 @@ class _Named:
     prefix: str = ""
 
 
-_Held = tuple[str, tuple[int, ...], bool, list[tuple[Box, torch.Tensor]]]
+_Held = tuple[str, str, tuple[int, ...], bool, list[tuple[Box, torch.Tensor]]]
 
 
 def _unwrapped(value: Any) -> Any:
@@ -475,6 +485,7 @@ class _Tensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    block: str
     boxes: dict[Box, list[int]]
 
     @property
@@ -488,7 +499,7 @@ def _holders(plans: Sequence[tuple[list[str], list[Piece]]]) -> dict[str, _Tenso
     found: dict[str, _Tensor] = {}
     for rank, (_, pieces) in enumerate(plans):
         for piece in pieces:
-            about = found.setdefault(piece.name, _Tensor(piece.dtype, piece.shape, {}))
+            about = found.setdefault(piece.name, _Tensor(piece.dtype, piece.shape, piece.block, {}))
             if (about.dtype, about.shape) != (piece.dtype, piece.shape):
                 raise InvalidArgument(
                     f"{piece.name!r} is {about.dtype} {list(about.shape)} on one rank and "
@@ -556,19 +567,23 @@ def _ends_with_any(name: str, targets: set[str]) -> bool:
 
 
 def _split(tensors: Mapping[str, _Tensor], max_bytes: int) -> list[list[str]]:
-    """The names of each file, filled greedily in order; a tensor above the limit stands alone."""
+    """The names of each file: blocks of tensors, filled greedily in order; a block above the limit stands alone."""
+    blocks: dict[str, list[str]] = {}
+    for name, about in tensors.items():
+        blocks.setdefault(about.block, []).append(name)
     files: list[list[str]] = []
     current: list[str] = []
     size = 0
-    for name, about in tensors.items():
-        if about.nbytes > max_bytes:
-            files.append([name])
+    for names in blocks.values():
+        nbytes = sum(tensors[name].nbytes for name in names)
+        if nbytes > max_bytes:
+            files.append(names)
             continue
-        if current and size + about.nbytes > max_bytes:
+        if current and size + nbytes > max_bytes:
             files.append(current)
             current, size = [], 0
-        current.append(name)
-        size += about.nbytes
+        current += names
+        size += nbytes
     return [*files, current] if current else files
 
 
@@ -583,7 +598,7 @@ def _header(tensors: Mapping[str, _Tensor], ties: Mapping[str, str]) -> tuple[by
         begins[name] = end
         rows[name] = {
             "dtype": _DTYPES[about.dtype],
-            "shape": list(about.shape),
+            "shape": [*about.shape[:-1], *(size * _PACKED.get(about.dtype, 1) for size in about.shape[-1:])],
             "data_offsets": [end, end + about.nbytes],
         }
         end += about.nbytes

@@ -32,9 +32,11 @@ class View:
     ``position`` is its place in the order in which tensors are published. ``dims[j]`` is the
     parameter's dimension that dimension *j* of the view runs along, or None for a dimension of size 1
     that the view added; ``starts[d]`` is where the view begins in dimension *d* of the parameter.
+    Views with the same ``block`` are one piece of memory when ``save_pretrained`` splits shards.
     """
 
     name: str
+    block: str
     position: int
     shape: tuple[int, ...]
     dims: tuple[int | None, ...]
@@ -89,15 +91,24 @@ def hub_views(module: torch.nn.Module) -> dict[str, list[View]]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 publishes weights as the model holds them
         return {}
-    shapes = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in shapes.items()}
+    left_out = set(module._keys_to_ignore_on_save or ())
+    empty = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and name not in left_out
+    }
     with _ViewsOnly():
         converted = revert_weight_conversion(module, dict(empty))
-    owner = {tensor.untyped_storage()._cdata: name for name, tensor in empty.items()}
+    owner = {_memory(tensor): name for name, tensor in empty.items()}
+    first_in: dict[int, str] = {}
+    blocks = {
+        name: first_in.setdefault(_memory(tensor), name)
+        for name, tensor in revert_weight_conversion(module, dict(empty)).items()
+    }
     views: dict[str, list[View]] = {}
     for position, (name, result) in enumerate(converted.items()):
-        source = owner.get(result.untyped_storage()._cdata)
-        view = _as_view(name, position, result, empty[source]) if source is not None else None
+        source = owner.get(_memory(result))
+        view = _as_view(name, blocks[name], position, result, empty[source]) if source is not None else None
         if source is None or view is None:
             log.warning("%s: %s is not a part of one parameter; exporting the model's own names", type(module), name)
             return {}
@@ -105,7 +116,11 @@ def hub_views(module: torch.nn.Module) -> dict[str, list[View]]:
     return views if set(views) == set(empty) else {}
 
 
-def _as_view(name: str, position: int, result: torch.Tensor, source: torch.Tensor) -> View | None:
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _as_view(name: str, block: str, position: int, result: torch.Tensor, source: torch.Tensor) -> View | None:
     starts = []
     rest = result.storage_offset()
     for stride in source.stride():
@@ -124,7 +139,7 @@ def _as_view(name: str, position: int, result: torch.Tensor, source: torch.Tenso
         if not fitting:
             return None
         dims.append(fitting[0])
-    return View(name, position, tuple(result.shape), tuple(dims), tuple(starts))
+    return View(name, block, position, tuple(result.shape), tuple(dims), tuple(starts))
 
 
 class _ViewsOnly(TorchFunctionMode):

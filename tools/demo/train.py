@@ -258,8 +258,8 @@ def main() -> None:
     train(options, Report(options.report))
     if world_size() > 1:
         dist.destroy_process_group()
-        # Gloo's threads may still be giving tensors back, and one that meets an interpreter that is being taken
-        # down aborts the process (pytorch/pytorch issue 190489). Everything is closed, so there is nothing to take down.
+        # Everything is closed. Gloo's threads may still be giving tensors back, and one that meets an interpreter
+        # that is being taken down aborts the process (pytorch/pytorch issue 190489).
         os._exit(0)
 
 

@@ -380,5 +380,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: Gloo's threads may abort a process whose interpreter is being taken down (pytorch/pytorch issue 190489).
+    # Not sys.exit: Gloo's threads may abort an interpreter that is being taken down (pytorch/pytorch issue 190489).
     os._exit(status)
