@@ -143,13 +143,25 @@ class RunDirectory:
     # -- identity -------------------------------------------------------------------------------
 
     def run_id(self) -> str | None:
-        """The run this directory belongs to, or None if no manager has opened it yet."""
+        """
+        The run this directory belongs to, or None if no manager has opened it yet.
+
+        Raises:
+            UnsafePath: The mark that says so is a link or no regular file: nothing of ours.
+            InvalidArgument: The run directory is no directory.
+        """
+        mark = self.path / RUN_ID_NAME
         try:
-            text = _read_small(self.path / RUN_ID_NAME, 4096)
+            text = _read_small(mark, 4096)
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:
             raise InvalidArgument(f"{self.path} is not a directory") from error
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            hint = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
+            raise UnsafePath(f"{mark} is not a regular file", hint=hint, path=str(mark), reason=str(error)) from error
         return text.decode(errors="replace").strip()
 
     def write_run_id(self, run_id: str) -> None:

@@ -315,3 +315,13 @@ def test_checking_changes_nothing(run: Run, ckptmgr: Call) -> None:
         ckptmgr(words[0], run.directory, *words[1:])
 
     assert snapshot() == before
+
+
+def test_a_mark_that_is_a_directory_is_not_our_bug(run: Run, ckptmgr: Call) -> None:
+    mark = run.directory / ".ckptmgr-run-id"
+    mark.unlink()
+    mark.mkdir()
+    done = ckptmgr("check", run.directory)
+    assert done.code == 3
+    assert "not a regular file" in done.err
+    assert "Traceback" not in done.err

@@ -119,6 +119,24 @@ def test_a_directory_that_lost_its_mark_is_refused_where_checkpoints_are_expecte
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "directory", "fifo"])
+def test_a_mark_that_is_no_plain_file_is_refused_and_stays(rundir: RunDirectory, tmp_path: Path, kind: str) -> None:
+    mark = rundir.path / RUN_ID_NAME
+    mark.rename(tmp_path / "elsewhere")
+    if kind == "fifo":
+        os.mkfifo(mark)
+    elif kind == "directory":
+        mark.mkdir()
+    else:
+        mark.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nothing"))
+    before = mark.lstat()
+    for call in (rundir.run_id, rundir.require_journal, lambda: rundir.pair(RUN_ID), lambda: rundir.require_pair("6")):
+        with pytest.raises(UnsafePath, match="not a regular file") as caught:
+            call()
+        assert "put it back" in caught.value.hint
+    assert mark.lstat() == before
+
+
 def test_a_directory_that_has_lost_its_journal_is_refused(rundir: RunDirectory) -> None:
     with pytest.raises(JournalNotFound, match="--rebuild --apply"):
         rundir.require_journal()
