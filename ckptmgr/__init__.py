@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptmgr.answers import PendingSave as PendingSave
+    from ckptmgr.answers import Resumed as Resumed
     from ckptmgr.commit import Committed as Committed
     from ckptmgr.errors import CheckpointError as CheckpointError
     from ckptmgr.errors import CheckpointNotFound as CheckpointNotFound
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
     from ckptmgr.lifecycle import CheckpointRecord as CheckpointRecord
     from ckptmgr.lifecycle import CheckpointState as CheckpointState
     from ckptmgr.manager import CheckpointManager as CheckpointManager
-    from ckptmgr.manager import PendingSave as PendingSave
-    from ckptmgr.manager import Resumed as Resumed
-    from ckptmgr.manager import Series as Series
     from ckptmgr.options import Timeouts as Timeouts
     from ckptmgr.options import WriterOptions as WriterOptions
     from ckptmgr.resume import Finding as Finding
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from ckptmgr.retention import KeepEvery as KeepEvery
     from ckptmgr.retention import KeepFor as KeepFor
     from ckptmgr.retention import KeepLast as KeepLast
+    from ckptmgr.series import Series as Series
     from ckptmgr.writers.dcp import DCP as DCP
     from ckptmgr.writers.huggingface import HuggingFace as HuggingFace
     from ckptmgr.writers.state import PerRank as PerRank
@@ -82,12 +82,14 @@ _HOMES = {
         "UnsafeResume",
         "WaitTimeout",
     ),
+    "answers": ("PendingSave", "Resumed"),
     "commit": ("Committed",),
     "lifecycle": ("CheckpointRecord", "CheckpointState"),
-    "manager": ("CheckpointManager", "PendingSave", "Resumed", "Series"),
+    "manager": ("CheckpointManager",),
     "options": ("Timeouts", "WriterOptions"),
     "resume": ("Finding", "ResumeReport"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast"),
+    "series": ("Series",),
     "writers.dcp": ("DCP",),
     "writers.huggingface": ("HuggingFace",),
     "writers.state": ("PerRank", "RandomState"),

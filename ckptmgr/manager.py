@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
+import hashlib
 import logging
 import math
+import operator
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib import metadata
@@ -29,6 +29,8 @@ import torch
 
 from ckptmgr import recovery
 from ckptmgr import resume as resumption
+from ckptmgr.answers import PendingSave, Resumed
+from ckptmgr.capture import Capture
 from ckptmgr.commit import AFTER_COMMIT, Committed, Job, Leader
 from ckptmgr.errors import (
     CheckpointError,
@@ -43,15 +45,12 @@ from ckptmgr.errors import (
 )
 from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
-from ckptmgr.lifecycle import CheckpointState, Format
+from ckptmgr.lifecycle import Format
 from ckptmgr.options import Timeouts, WriterOptions
-from ckptmgr.ranks import FRAME, Ranks
-from ckptmgr.retention import KeepAll, KeepRule
-from ckptmgr.rundir import RunDirectory, check_series_name
+from ckptmgr.ranks import Ranks
+from ckptmgr.rundir import RunDirectory
+from ckptmgr.series import Series, by_name
 from ckptmgr.writers import dcp
-from ckptmgr.writers.arena import Arena
-from ckptmgr.writers.dcp import DCP
-from ckptmgr.writers.huggingface import HuggingFace
 from ckptmgr.writers.state import split
 
 log = logging.getLogger("ckptmgr")
@@ -61,100 +60,16 @@ WhenBusy = Literal["wait", "skip", "raise"]
 Hook = Callable[[Committed], Any]
 
 _GO, _SKIP, _BUSY, _SAVED = range(4)
+#: The calls that all ranks make together, and which arguments they must agree on besides series and step.
+_CALLS: dict[str, tuple[str, ...]] = {
+    "CheckpointManager": (),
+    "save": ("overwrite",),
+    "warm_up": (),
+    "resume": ("allow_older", "verify_digests"),
+}
+#: Integers that each rank brings to a call; the same for all calls, so that different ones can be told apart.
+_ROW = 9
 MAX_STEP = 10**15
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """
-    A line of checkpoints of one kind, kept by one rule.
-
-    Args:
-        name: Its directory in the run directory: letters, digits, ``_`` and ``-``.
-        format: `DCP` or `HuggingFace`.
-        keep: Which checkpoints stay when a new one has committed; everything unless told otherwise.
-    """
-
-    name: str
-    format: DCP | HuggingFace
-    keep: KeepRule = dataclasses.field(default_factory=KeepAll)
-
-    def __post_init__(self) -> None:
-        check_series_name(self.name)
-        if not isinstance(self.format, DCP | HuggingFace):
-            raise InvalidArgument(f"series {self.name!r}: format must be DCP() or HuggingFace(...)")
-        if not isinstance(self.keep, KeepRule):
-            raise InvalidArgument(f"series {self.name!r}: keep must be a keep rule, like KeepLast(3)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that ``resume`` loaded."""
-
-    series: str
-    step: int
-    path: Path
-    world_size: int
-    metrics: Mapping[str, float]
-    checkpoint_id: int
-
-
-class PendingSave:
-    """A save on its way. It goes on in the background whether or not anyone waits."""
-
-    def __init__(self, job: Job, patience_s: float) -> None:
-        self._job = job
-        self._patience_s = patience_s
-
-    @property
-    def step(self) -> int:
-        """The step that is being saved."""
-        return self._job.step
-
-    @property
-    def series(self) -> str:
-        """The series it is saved in."""
-        return self._job.series
-
-    @property
-    def state(self) -> CheckpointState | None:
-        """COMMITTED or FAILED once that is known on this rank, None before. The journal has every state."""
-        return self._job.state
-
-    def done(self) -> bool:
-        """Whether it is COMMITTED or FAILED; never blocks."""
-        return self._job.settled.is_set()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """
-        Wait until it is COMMITTED; on rank 0 also for its hooks and the deletions it caused.
-
-        All ranks should call, or none: a failure raised here is not raised again by ``poll``.
-
-        Args:
-            timeout: In seconds; by default as long as a save may take by its own timeouts.
-
-        Raises:
-            SaveFailed: It failed; the same on every rank.
-            WaitTimeout: It is still on its way.
-        """
-        deadline = time.monotonic() + (self._patience_s if timeout is None else timeout)
-        if not self._job.settled.wait(max(0.0, deadline - time.monotonic())):
-            waited = self._patience_s if timeout is None else timeout
-            raise WaitTimeout(
-                f"{self.series} step {self.step} is not committed after {waited:g} s",
-                hint="it is still on its way; wait again, or see `ckptmgr log RUN`",
-                what=f"{self.series} step {self.step}",
-                timeout_s=waited,
-            )
-        if self._job.failure is not None:
-            self._job.failure_seen = True
-            raise self._job.failure
-        if threading.current_thread().name != AFTER_COMMIT:  # a hook would wait for itself
-            self._job.finished.wait(max(0.0, deadline - time.monotonic()))
-
-    def __repr__(self) -> str:
-        return f"<PendingSave {self.series} step {self.step}: {self.state or 'in flight'}>"
 
 
 class CheckpointManager:
@@ -197,13 +112,20 @@ class CheckpointManager:
         timeouts: Timeouts | None = None,
         writers: WriterOptions | None = None,
     ) -> None:
-        self._series = _by_name(series)
-        self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
-        self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
         self._timeouts = timeouts or Timeouts()
-        options = writers or WriterOptions()
+        self._ranks = Ranks(self._timeouts)
+        try:
+            self._series = by_name(series)
+            self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
+            self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
+            self._rundir = RunDirectory(run_dir, journal)
+        except CheckpointError as error:
+            try:
+                self._meet("CheckpointManager", (0,), error)
+            finally:
+                self._ranks.close()
+            raise
         hooks = [on_commit] if callable(on_commit) else list(on_commit)
-        self._rundir = RunDirectory(run_dir, journal)
         self._pid = os.getpid()
         self._closed = False
         self._busy = threading.Lock()
@@ -213,13 +135,12 @@ class CheckpointManager:
         self._leader: Leader | None = None
         self._finalizer: Finalizer | None = None
         self._in_flight: dict[str, Job] = {}
-        self._plans = {
-            name: _Plan(one.format.writer(), Arena(number)) for number, (name, one) in enumerate(self._series.items())
+        self._captures = {
+            name: Capture(one, number, self._ranks) for number, (name, one) in enumerate(self._series.items())
         }
         self._ticks = Ticks(self._timeouts)
-        self._ranks = Ranks(self._timeouts)
         try:
-            self._set_up(hooks, options)
+            self._set_up(hooks, writers or WriterOptions())
         except BaseException:
             self._tear_down(0.0)
             raise
@@ -285,38 +206,38 @@ class CheckpointManager:
         overwrite: bool,
         when_busy: WhenBusy | None,
     ) -> PendingSave | None:
-        chosen = self._find(series)
-        _check_step(step)
-        busy: WhenBusy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
-        numbers, unfit = _metrics(metrics) if self._ranks.rank == 0 else ({}, None)
         self._hear(self._ticks.tick())
-        previous = self._in_flight.get(series)
+        error: Exception | None = None
+        taken: Any = None
+        previous: Job | None = None
+        busy: WhenBusy = "wait"
+        numbers: dict[str, float] = {}
+        try:
+            capture = self._capture_of(series)
+            step = _whole(step)
+            busy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
+            numbers = _metrics(metrics) if self._ranks.rank == 0 else {}
+            previous = self._in_flight.get(series)
+        except InvalidArgument as problem:
+            error = problem
         if previous is not None and busy == "wait":
             self._settle(previous)
-        plan = self._plans[series]
-        taken, error = self._take(plan, state)
-        error = error or unfit
-        changed = taken is None or taken.signature != plan.signature
-        word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite)
-        call = [step, list(self._series).index(series), overwrite]
-        rows = self._ranks.agree([*call, changed, error is not None, self._ranks.broken, word])
-        if any(row[:3] != rows[0][:3] for row in rows):
-            names = list(self._series)
-            calls = tuple(f"save({row[0]}, series={names[row[1]]!r}, overwrite={bool(row[2])})" for row in rows)
-            raise RanksDisagree("the ranks are saving different things", what="save", values=calls)
-        self._obey(rows[0][6], series, step, previous)
-        if rows[0][6] == _SKIP:
+        if error is None:
+            taken, error = capture.take(state)
+        changed = taken is None or not capture.is_planned(taken)
+        word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite) if error is None else _GO
+        rows = self._meet("save", self._call(series, step, overwrite), error, extra=(changed, self._ranks.broken, word))
+        self._obey(rows[0][2], series, step, previous)
+        if rows[0][2] == _SKIP:
             return None
-        if any(row[4] for row in rows):
-            self._ranks.all_or_none(error, f"taking the state of {series} step {step}")
         if previous is not None:
             self._settle(previous, heard=True)
-        if any(row[5] for row in rows):
+        if any(broken for _, broken, _ in rows):
             self._rebuild()
-        assert taken is not None
-        if any(row[3] for row in rows):
-            self._exchange(plan, taken)
-        job = self._capture(chosen, plan, taken, step, metrics=numbers, overwrite=overwrite)
+        if any(changed for changed, _, _ in rows):
+            capture.plan(taken)
+        self._number += 1
+        job = capture.job(taken, number=self._number, step=step, metrics=numbers, overwrite=overwrite)
         self._in_flight[series] = job
         assert self._finalizer is not None
         self._finalizer.submit(job)
@@ -362,18 +283,22 @@ class CheckpointManager:
             self._warm_up(state, series)
 
     def _warm_up(self, state: Mapping[str, Any], series: str) -> None:
-        self._find(series)
-        plan = self._plans[series]
-        if (previous := self._in_flight.get(series)) is not None:
-            self._settle(previous, heard=True)
-        taken, error = self._take(plan, state)
-        self._ranks.all_or_none(error, "taking the state")
-        assert taken is not None
-        self._exchange(plan, taken)
+        error: Exception | None = None
+        taken: Any = None
         try:
-            plan.adopt()
+            capture = self._capture_of(series)
+        except InvalidArgument as problem:
+            error = problem
+        else:
+            if (previous := self._in_flight.get(series)) is not None:
+                self._settle(previous, heard=True)
+            taken, error = capture.take(state)
+        self._meet("warm_up", self._call(series), error)
+        capture.plan(taken)
+        try:
+            capture.warm_up()
             assert self._finalizer is not None
-            if (cause := self._finalizer.start_writer([plan.arena])) is not None:
+            if (cause := self._finalizer.start_writer([capture.arena])) is not None:
                 error = CheckpointError(cause)
         except MemoryError as problem:
             error = problem
@@ -417,27 +342,31 @@ class CheckpointManager:
     def _resume(
         self, state: Mapping[str, Any], step: int | None, series: str, *, allow_older: bool, verify_digests: bool
     ) -> Resumed | None:
-        chosen = self._find(series)
-        if chosen.format.kind is not Format.DCP:
-            raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
+        error: Exception | None = None
+        strict: list[str] = []
+        try:
+            self._capture_of(series)
+            if self._series[series].format.kind is not Format.DCP:
+                raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
+            step = None if step is None else _whole(step)
+            _, per_rank = split(state)
+            strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
+        except InvalidArgument as problem:
+            error = problem
+        self._meet("resume", self._call(series, step, allow_older, verify_digests), error)
         if (previous := self._in_flight.get(series)) is not None:
             # What it commits is the newest, and what it retires must not be deleted while it is read.
             self._settle(previous, heard=True)
-        _, per_rank = split(state)
-        strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
-        decided: Any = None
+        decided: Resumed | None = None
         if self._ranks.rank == 0:
             try:
                 decided = self._choose(series, step, strict, allow_older=allow_older, verify_digests=verify_digests)
-            except CheckpointError as problem:
-                decided = problem
-        decided = self._ranks.broadcast(decided)
-        if isinstance(decided, CheckpointError):
-            raise decided
-        if decided is None:
+            except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
+                error = problem
+        self._ranks.all_or_none(error, f"choosing what to resume from {series}")
+        resumed: Resumed | None = self._ranks.broadcast(decided)
+        if resumed is None:
             return None
-        resumed: Resumed = decided
-        error: Exception | None = None
         plain: dict[str, Any] = {}
         try:
             same_world = resumed.world_size == self._ranks.world_size
@@ -491,6 +420,8 @@ class CheckpointManager:
     # -- inside ---------------------------------------------------------------------------------
 
     def _set_up(self, hooks: Sequence[Hook], options: WriterOptions) -> None:
+        about = [(one.name, one.format.kind) for one in self._series.values()]
+        self._meet("CheckpointManager", (_fingerprint(about, self._on_failure, self._when_busy, self._timeouts),), None)
         error: Exception | None = None
         if self._ranks.rank == 0:
             try:
@@ -542,8 +473,8 @@ class CheckpointManager:
             # In reverse: what is named last happens first, and an error in it keeps none of the others from happening.
             last.callback(self._rundir.release)
             last.callback(self._close_journal)
-            for plan in self._plans.values():
-                last.callback(plan.arena.close)
+            for capture in self._captures.values():
+                last.callback(capture.arena.close)
             last.callback(self._stop, timeout_s)
 
     def _stop(self, timeout_s: float) -> None:
@@ -592,11 +523,51 @@ class CheckpointManager:
         finally:
             self._busy.release()
 
-    def _find(self, series: str) -> Series:
-        try:
-            return self._series[series]
-        except KeyError:
-            raise InvalidArgument(f"there is no series {series!r}; there are {', '.join(self._series)}") from None
+    def _meet(
+        self, call: str, arguments: Sequence[int], error: Exception | None, *, extra: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """
+        Begin a call together: all ranks make the same one, with the same arguments, or all raise. All ranks must call.
+
+        Returns:
+            Every rank's *extra* integers.
+
+        Raises:
+            RanksDisagree: The ranks called different things.
+            CheckpointError: A rank has an *error*; as in `Ranks.all_or_none`.
+        """
+        calls = list(_CALLS)
+        mine = [calls.index(call), error is not None, len(extra), *extra, *arguments]
+        rows = self._ranks.agree([int(value) for value in (*mine, *[0] * (_ROW - len(mine)))])
+        if len({row[0] for row in rows}) > 1:
+            made = tuple(calls[row[0]] for row in rows)
+            raise RanksDisagree(f"the ranks make different calls: {', '.join(made)}", what="call", values=made)
+        if any(row[1] for row in rows):
+            self._ranks.all_or_none(error, call)
+        given = [tuple(row[3 + row[2] :]) for row in rows]
+        if len(set(given)) > 1:
+            values = tuple(self._spelled(call, *one) for one in given)
+            raise RanksDisagree(f"the ranks call {call} with different arguments", what=call, values=values)
+        return [row[3 : 3 + row[2]] for row in rows]
+
+    def _call(self, series: str, step: int | None = None, *options: bool) -> list[int]:
+        """A call's arguments as the ranks compare them; 0 stands for one that is missing, or wrong on this rank."""
+        number = list(self._series).index(series) + 1 if isinstance(series, str) and series in self._series else 0
+        return [number, step + 1 if isinstance(step, int) and 0 <= step < MAX_STEP else 0, *map(bool, options)]
+
+    def _spelled(self, call: str, first: int, step: int = 0, *options: int) -> str:
+        """Arguments made by `_call` in words; of a manager only a fingerprint passes between ranks."""
+        if call == "CheckpointManager":
+            return f"series, on_failure, when_busy and timeouts #{first:x}"
+        words = [str(step - 1)] if step else []
+        words += [f"series={list(self._series)[first - 1]!r}"]
+        words += [f"{name}={bool(value)}" for name, value in zip(_CALLS[call], options, strict=False)]
+        return f"{call}({', '.join(words)})"
+
+    def _capture_of(self, series: str) -> Capture:
+        if not isinstance(series, str) or series not in self._captures:
+            raise InvalidArgument(f"there is no series {series!r}; there are {', '.join(self._series)}")
+        return self._captures[series]
 
     @property
     def _patience_s(self) -> float:
@@ -657,64 +628,6 @@ class CheckpointManager:
         self._ranks.agree([0])
         self._ranks.rebuild()
 
-    def _take(self, plan: _Plan, state: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-        """Look at the state. An error is a value here: all ranks agree on it before anyone raises."""
-        try:
-            return plan.writer.take(state, self._ranks.rank), None
-        except CheckpointError as error:
-            return None, error
-        except Exception as error:  # noqa: BLE001 - whatever the user's state_dict raises
-            wrapped = InvalidArgument(f"the state cannot be taken: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            return None, wrapped
-
-    def _exchange(self, plan: _Plan, taken: Any) -> None:
-        """Plan anew: every rank says what it has, rank 0 says who writes what. All ranks must call."""
-        error: Exception | None = None
-        mine: list[Any] | None = None
-        plan.signature = None
-        plans = self._ranks.gather(plan.writer.local_plan(taken))
-        if plans is not None:
-            try:
-                mine = plan.writer.plan_globally(plans)
-            except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
-                error = problem
-        self._ranks.all_or_none(error, "planning")
-        part = self._ranks.scatter(mine)
-        place = None
-        try:
-            plan.layout, place = plan.writer.lay_out(part, self._ranks.rank)
-        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
-            error = problem
-        self._ranks.all_or_none(error, "laying out")
-        places = self._ranks.gather(place)
-        if places is not None:
-            plan.writer.accept_layouts(places)
-        plan.frame = FRAME + max(extra for (extra,) in self._ranks.agree([plan.writer.report_bytes(taken)]))
-        plan.signature = taken.signature
-
-    def _capture(
-        self, series: Series, plan: _Plan, taken: Any, step: int, *, metrics: Mapping[str, float], overwrite: bool
-    ) -> Job:
-        started = time.monotonic()
-        files: Sequence[Any] = ()
-        report = cause = None
-        try:
-            plan.adopt()
-            plan.arena.capture(plan.writer.sources(taken))
-            small, report = plan.writer.small_files(taken, self._ranks.rank)
-            assert plan.layout is not None
-            files = (*plan.layout.files, *small)
-        except Exception as error:
-            log.exception("capturing %s step %d failed", series.name, step)
-            cause = f"{type(error).__name__}: {error}"
-        self._number += 1
-        return Job(
-            number=self._number, series=series.name, step=step, keep=series.keep, writer=plan.writer, arena=plan.arena,
-            files=tuple(files), report=report, stage_s=time.monotonic() - started, metrics=metrics,
-            per_rank=taken.per_rank_names, overwrite=overwrite, frame=plan.frame, cause=cause,
-        )  # fmt: skip
-
     def _choose(
         self, series: str, step: int | None, strict: Sequence[str], *, allow_older: bool, verify_digests: bool
     ) -> Resumed | None:
@@ -746,43 +659,25 @@ class CheckpointManager:
         return Resumed(series, record.step, path, record.world_size, dict(record.metrics), record.id)
 
 
-@dataclasses.dataclass
-class _Plan:
-    """One series' writer, its memory, and the layout that both agreed on."""
-
-    writer: Any
-    arena: Arena
-    layout: Any = None
-    frame: int = FRAME
-    signature: bytes | None = None
-
-    def adopt(self) -> None:
-        self.arena.adopt(self.layout)
-
-
-def _by_name(series: Sequence[Series] | None) -> dict[str, Series]:
-    given = [Series("checkpoint", DCP())] if series is None else list(series)
-    if not given or not all(isinstance(one, Series) for one in given):
-        raise InvalidArgument("series must be a non-empty list of Series")
-    named = {one.name: one for one in given}
-    if len({name.casefold() for name in named}) != len(given):
-        raise InvalidArgument(f"two series have the same name: {', '.join(one.name for one in given)}")
-    return named
-
-
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise InvalidArgument(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
 
 
-def _check_step(step: Any) -> None:
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MAX_STEP:
+def _whole(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < MAX_STEP:
         raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
+    return number
 
 
-def _metrics(metrics: Mapping[str, float] | None) -> tuple[dict[str, float], InvalidArgument | None]:
-    """Rank 0's numbers, or why they cannot be used; all ranks agree on that before anyone raises."""
+def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidArgument(f"metrics is {metrics!r}; it must be a mapping of names to numbers")
     numbers: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
@@ -790,9 +685,14 @@ def _metrics(metrics: Mapping[str, float] | None) -> tuple[dict[str, float], Inv
         except (TypeError, ValueError):
             number = math.nan
         if not isinstance(name, str) or not math.isfinite(number):
-            return {}, InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
+            raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
         numbers[name] = number
-    return numbers, None
+    return numbers
+
+
+def _fingerprint(*values: Any) -> int:
+    """A number that is the same on every rank for the same *values*."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "big")
 
 
 def _versions() -> dict[str, str]:

@@ -24,8 +24,8 @@ LAYERS = [
     {"retention", "recovery", "resume"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
-    {"commit"},
-    {"finalizer"},
+    {"series", "commit"},
+    {"answers", "capture", "finalizer"},
     {"manager", "cli"},
 ]
 ALSO = {

@@ -22,11 +22,12 @@ from ckptmgr.cli import main
 from ckptmgr.errors import CheckpointError, SaveFailed
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
-from ckptmgr.manager import CheckpointManager, Series
+from ckptmgr.manager import CheckpointManager
 from ckptmgr.options import Timeouts, WriterOptions
 from ckptmgr.recovery import FoundKind
 from ckptmgr.retention import KeepLast
 from ckptmgr.rundir import RunDirectory
+from ckptmgr.series import Series
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.huggingface import HuggingFace
 from ckptmgr.writers.state import PerRank

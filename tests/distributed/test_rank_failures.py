@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from rank_processes import Here, on_ranks, run_on_ranks, start_ranks
 from saving_ranks import assert_failed, hear_alike, journal_records, manager_on, poll_until_failure, rows, timeouts
 
-from ckptmgr import CheckpointManager, CheckpointState, PerRank, SaveFailed, durable
+from ckptmgr import DCP, CheckpointManager, CheckpointState, HuggingFace, PerRank, SaveFailed, Series, durable
 from ckptmgr.errors import InvalidArgument, RanksDisagree, RunLocked, SetupFailed
 from ckptmgr.rundir import RunDirectory
 
@@ -401,6 +402,91 @@ def test_ranks_that_save_different_things_are_told_so_and_can_go_on(here: Here) 
         assert good.state is CheckpointState.COMMITTED
     if here.is_leader:
         assert [(r.step, r.state) for r in rows(here).values()] == [(1, CheckpointState.COMMITTED)]
+
+
+@on_ranks(2)
+def test_a_bad_argument_on_one_rank_is_refused_on_every_rank_at_the_same_call(here: Here) -> None:
+    """Nobody waits for a rank that has raised, and the calls that follow are the same ones again."""
+    state = {"t": torch.zeros(4)}
+    bad = here.rank == 1
+    began = time.monotonic()
+    with manager_on(here, wait=timeouts(collective_s=60)) as manager:
+        for call in (
+            lambda: manager.save(-1 if bad else 1, state),
+            lambda: manager.save(10**30 if bad else 1, state),
+            lambda: manager.save(1, state, series="nonsense" if bad else "checkpoint"),
+            lambda: manager.save(1, state, when_busy="never" if bad else "wait"),  # type: ignore[arg-type]
+            lambda: manager.warm_up(state, "nonsense" if bad else "checkpoint"),
+            lambda: manager.resume(state, step="1" if bad else None),  # type: ignore[arg-type]
+            lambda: manager.resume(state, series="nonsense" if bad else "checkpoint"),
+            lambda: manager.resume({} if bad else state),
+        ):
+            with pytest.raises(InvalidArgument):
+                call()
+        with pytest.raises(InvalidArgument, match="finite"):
+            manager.save(1, state, metrics={"loss": float("nan") if here.is_leader else 1.0})
+        # Rank 0's metrics are the ones that count, so nobody looks at these.
+        _commits(here, manager, 1)
+        good = manager.save(2, state, metrics={"loss": float("nan") if bad else 1.0})
+        assert good is not None
+        good.wait()
+    assert time.monotonic() - began < 30
+    if here.is_leader:
+        assert [dict(r.metrics) for r in rows(here).values()] == [{}, {"loss": 1.0}]
+
+
+@on_ranks(2)
+def test_different_calls_and_different_arguments_are_told_and_the_ranks_can_go_on(here: Here) -> None:
+    state = {"t": torch.zeros(4)}
+    with manager_on(here) as manager:
+        with pytest.raises(RanksDisagree, match="save, resume") as caught:
+            manager.save(1, state) if here.is_leader else manager.resume(state)
+        assert caught.value.values == ("save", "resume")
+        with pytest.raises(RanksDisagree):
+            manager.warm_up(state) if here.is_leader else manager.save(1, state)
+        with pytest.raises(RanksDisagree) as caught:
+            manager.resume(state, step=here.rank or None, verify_digests=True)
+        assert caught.value.values == (
+            "resume(series='checkpoint', allow_older=False, verify_digests=True)",
+            "resume(1, series='checkpoint', allow_older=False, verify_digests=True)",
+        )
+        _commits(here, manager, 1)
+        assert manager.resume(_state(here)) is not None
+
+
+@on_ranks(2)
+def test_a_constructor_with_other_arguments_on_one_rank_fails_on_every_rank(here: Here) -> None:
+    began = time.monotonic()
+    with pytest.raises(InvalidArgument, match="on_failure"):
+        CheckpointManager(here.run_dir, on_failure="ignore" if here.rank else "raise")  # type: ignore[arg-type]
+    for options in (
+        {"series": [Series("a" if here.rank else "b", DCP())]},
+        {"series": [Series("a", DCP() if here.rank else HuggingFace())]},
+        {"on_failure": "warn" if here.rank else "raise"},
+    ):
+        with pytest.raises(RanksDisagree, match="different arguments"):
+            CheckpointManager(here.run_dir, **options)  # type: ignore[arg-type]
+    assert time.monotonic() - began < 30
+    here.meet()
+    manager_on(here).close()
+
+
+@on_ranks(2)
+def test_plain_values_that_differ_by_rank_are_told_and_the_lowest_ranks_are_stored(here: Here) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ckptmgr").addHandler(handler)
+    with manager_on(here) as manager:
+        pending = manager.save(1, {"step": here.rank + 5, "same": 3, "t": torch.zeros(2)})
+        assert pending is not None
+        pending.wait()
+        state: dict[str, Any] = {"step": 0, "same": 0, "t": torch.ones(2)}
+        manager.resume(state)
+    assert (state["step"], state["same"]) == (5, 3)
+    if here.is_leader:
+        assert [line for line in said if line.startswith("step differs by rank")], said
+        assert not [line for line in said if "same" in line]
 
 
 @on_ranks(2)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -21,8 +22,18 @@ import torch
 from opened_managers import Open, Pause, leftovers
 from rank_processes import Here, start_ranks
 
-from ckptmgr import DCP, CheckpointManager, CheckpointState, KeepLast, SaveFailed, Series, Timeouts, WriterOptions
-from ckptmgr.errors import JournalError, ManagerClosed, RunLocked
+from ckptmgr import (
+    DCP,
+    CheckpointManager,
+    CheckpointState,
+    HuggingFace,
+    KeepLast,
+    SaveFailed,
+    Series,
+    Timeouts,
+    WriterOptions,
+)
+from ckptmgr.errors import JournalError, ManagerClosed, RunLocked, WaitTimeout
 from ckptmgr.journal import Journal
 
 SHORT = Timeouts(setup_s=30, write_s=30, gather_s=5, close_s=1, close_on_error_s=1)
@@ -125,6 +136,28 @@ def test_several_saves_in_flight_at_a_short_close_all_end(
     assert all(one is not None and one.done() for one in pendings)
     assert not leftovers()
     open_manager(series=[Series(name, DCP()) for name in "abc"]).close()
+
+
+def test_a_close_that_gives_up_on_a_save_says_so(open_manager: Open, run_dir: Path) -> None:
+    """An asset that hangs is in the user's own code, where nothing can end it; the rest is closed all the same."""
+    gate = threading.Event()
+
+    class Hanging:
+        def save_pretrained(self, directory: str) -> None:
+            assert gate.wait(30)
+
+    manager = open_manager(series=[Series("hf", HuggingFace(assets=Hanging()))])
+    pending = manager.save(1, {"t": torch.zeros(4)}, "hf")
+    with pytest.raises(WaitTimeout, match="hf step 1 was still in flight"):
+        manager.close(0.3)
+    gate.set()
+    deadline = time.monotonic() + 10
+    while leftovers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pending is not None
+    assert pending.state is not CheckpointState.COMMITTED
+    open_manager(series=[Series("hf", HuggingFace())]).close()
+    assert _states(run_dir) == {1: CheckpointState.FAILED}
 
 
 def test_a_constructor_that_fails_leaves_nothing(open_manager: Open, run_dir: Path) -> None:

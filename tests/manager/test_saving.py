@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 from opened_managers import Open, Pause
-from tiny_models import perceptron, same, whole_state
+from tiny_models import mixture_of_experts, perceptron, same, whole_state
 
 from ckptmgr import (
     DCP,
@@ -100,6 +101,50 @@ def test_a_busy_series_can_be_skipped_refused_or_waited_for(open_manager: Open, 
             assert first.done()
         assert second is not None
         second.wait()
+
+
+def test_resuming_while_a_save_is_in_flight_waits_for_it_and_loads_it(
+    open_manager: Open, paused_writer: Pause, run_dir: Path
+) -> None:
+    """What the save retires when it commits must not be what resume has just chosen to read."""
+    with open_manager(series=[Series("checkpoint", DCP(), keep=KeepLast(1))]) as manager:
+        _save(manager, 1, {"t": torch.zeros(100_000)})
+        with paused_writer(manager) as pid:
+            pending = manager.save(2, {"t": torch.ones(100_000)})
+            assert pending is not None
+            threading.Timer(0.5, os.kill, (pid, signal.SIGCONT)).start()
+            state = {"t": torch.full((100_000,), 5.0)}
+            resumed = manager.resume(state)
+        assert resumed is not None
+        assert (resumed.step, pending.state) == (2, CheckpointState.COMMITTED)
+        assert torch.equal(state["t"], torch.ones(100_000))
+
+
+def test_an_export_has_the_config_of_the_moment_it_was_saved(open_manager: Open, run_dir: Path) -> None:
+    """The export waits behind a slow one; meanwhile the model goes on, and changes its size."""
+    from transformers import AutoModelForCausalLM
+
+    model = mixture_of_experts()
+    gate = threading.Event()
+
+    class Late:
+        def save_pretrained(self, directory: str) -> None:
+            assert gate.wait(30)
+            Path(directory, "late.txt").touch()
+
+    series = [Series("slow", HuggingFace(assets=Late())), Series("hf", HuggingFace())]
+    with open_manager(series=series) as manager:
+        manager.save(1, {"t": torch.zeros(4)}, "slow")
+        pending = manager.save(1, {"model": model}, "hf")
+        model.resize_token_embeddings(80)
+        model.generation_config.max_new_tokens = 99
+        gate.set()
+        assert pending is not None
+        pending.wait()
+    path = run_dir / "hf" / "hf-1"
+    assert json.loads((path / "config.json").read_text())["vocab_size"] == 64
+    assert "max_new_tokens" not in json.loads((path / "generation_config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == 64
 
 
 def test_another_series_is_not_busy(open_manager: Open, paused_writer: Pause) -> None:
@@ -458,7 +503,9 @@ def test_the_newest_committed_stays_while_the_next_one_fails(
 
 
 @pytest.mark.parametrize(
-    "meta", ["", "garbage", "[]", '{"checkpoint_list": ["checkpoint/step-7", "../../etc"]}', None], ids=str
+    "meta",
+    ["", "garbage", "[]", "[" * 100_000, '{"checkpoint_list": ["checkpoint/step-7", "../../etc"]}', None],
+    ids=["empty", "garbage", "a list", "deeply nested", "lies", "missing"],
 )
 def test_whatever_meta_json_says_it_never_matters(open_manager: Open, run_dir: Path, meta: str | None) -> None:
     with open_manager() as manager:
@@ -472,7 +519,7 @@ def test_whatever_meta_json_says_it_never_matters(open_manager: Open, run_dir: P
         resumed = manager.resume(state)
         assert resumed is not None
         assert (resumed.step, state["value"]) == (1, 1)
-        file.unlink(missing_ok=True)
+        file.unlink() if meta is None else file.write_text(meta)
         _save(manager, 2)
         assert json.loads(file.read_text())["checkpoint_list"] == ["checkpoint/step-1", "checkpoint/step-2"]
 
