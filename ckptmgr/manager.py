@@ -98,6 +98,7 @@ class CheckpointManager:
         JournalError: The journal cannot be used; the subclass says why.
         SetupFailed: A rank could not be set up.
         InvalidArgument: The arguments make no sense.
+        RanksDisagree: The ranks gave different *series*, *on_failure*, *when_busy* or *timeouts*, or did not all come.
     """
 
     def __init__(
@@ -112,9 +113,16 @@ class CheckpointManager:
         timeouts: Timeouts | None = None,
         writers: WriterOptions | None = None,
     ) -> None:
-        self._timeouts = timeouts or Timeouts()
+        self._timeouts = timeouts if isinstance(timeouts, Timeouts) else Timeouts()
         self._ranks = Ranks(self._timeouts)
         try:
+            _instance("timeouts", timeouts, Timeouts | None)
+            _instance("writers", writers, WriterOptions | None)
+            _instance("run_dir", run_dir, str | os.PathLike)
+            _instance("journal", journal, str | os.PathLike | None)
+            hooks = [on_commit] if callable(on_commit) else list(_instance("on_commit", on_commit, Iterable))
+            if not all(callable(hook) for hook in hooks):
+                raise InvalidArgument(f"on_commit is {on_commit!r}; it must be a function, or several")
             self._series = by_name(series)
             self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
             self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
@@ -125,7 +133,6 @@ class CheckpointManager:
             finally:
                 self._ranks.close()
             raise
-        hooks = [on_commit] if callable(on_commit) else list(on_commit)
         self._pid = os.getpid()
         self._closed = False
         self._busy = threading.Lock()
@@ -332,6 +339,8 @@ class CheckpointManager:
             What was loaded, or None if the series has no committed checkpoint and *step* is None.
 
         Raises:
+            InvalidArgument: *series* or *step* makes no sense, or the series holds exports.
+            RanksDisagree: The ranks did not make the same call.
             UnsafeResume: The newest (or *step*) is damaged or does not fit this number of ranks; ``report`` says why.
             StateMismatch: *state* asks for something the checkpoint does not have.
             CorruptCheckpoint: A file cannot be read.
@@ -657,6 +666,12 @@ class CheckpointManager:
             log.warning("resuming from the older %s step %d: the newest is not safe", series, record.step)
         path = self._rundir.absolute(record.directory)
         return Resumed(series, record.step, path, record.world_size, dict(record.metrics), record.id)
+
+
+def _instance(name: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise InvalidArgument(f"{name} is {value!r}, a {type(value).__name__}", hint="see `help(CheckpointManager)`")
+    return value
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:

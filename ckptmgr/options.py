@@ -84,7 +84,7 @@ class Timeouts(_FromEnvironment):
     gather_s: float = _option(60.0, _seconds)
     """Beyond write_s, for the slowest rank's status to reach rank 0; then that rank is silent."""
     collective_s: float = _option(600.0, _seconds)
-    """For all ranks to arrive at the same save, resume or close call."""
+    """For all ranks to arrive at the same ``save``, ``resume`` or ``warm_up``, or in the constructor."""
     close_s: float = _option(3600.0, _seconds)
     """For what is in flight when the manager is closed; then it is failed and the writer killed."""
     close_on_error_s: float = _option(60.0, _seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.retention import KeepAll, KeepRule
@@ -42,7 +42,9 @@ def by_name(series: Sequence[Series] | None) -> dict[str, Series]:
     Raises:
         InvalidArgument: There is none, one is no `Series`, or two have the same name.
     """
-    given = [Series("checkpoint", DCP())] if series is None else list(series)
+    given: list[Series] = [Series("checkpoint", DCP())] if series is None else []
+    if isinstance(series, Iterable):
+        given += series
     if not given or not all(isinstance(one, Series) for one in given):
         raise InvalidArgument("series must be a non-empty list of Series")
     named = {one.name: one for one in given}

@@ -329,6 +329,13 @@ def test_metrics_that_are_no_numbers_are_refused(open_manager: Open, metrics: An
         {"series": [Series("a", DCP()), Series("A", DCP())]},
         {"on_failure": "ignore"},
         {"when_busy": "queue"},
+        {"timeouts": 30},
+        {"writers": {"nice": 3}},
+        {"path": 7},
+        {"journal": 7},
+        {"on_commit": 7},
+        {"on_commit": [print, "hook"]},
+        {"series": Series("a", DCP())},
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_before_anything_is_touched(
