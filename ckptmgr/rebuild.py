@@ -39,6 +39,8 @@ class RebuildReport:
     checkpoints: tuple[Candidate, ...]
     #: Directories that stay where they are and are not taken in.
     skipped: tuple[ReportStranger, ...]
+    #: The newest epoch that the disk knows of, also by what is unfinished; the next one must be newer.
+    newest_epoch: int
     applied: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +69,10 @@ def preview_rebuild(rundir: RunDirectory) -> RebuildReport:
     """
     readable: list[tuple[Found, Manifest, str]] = []
     skipped: list[ReportStranger] = []
-    for item in _everything_published(rundir):
+    everything = _everything(rundir)
+    for item in everything:
+        if item.kind is not FoundKind.FINAL or not item.is_directory:
+            continue
         try:
             readable.append((item, *rundir.read_manifest(item.path)))
         except (CorruptCheckpoint, UnsafePath, OSError) as error:
@@ -93,7 +98,10 @@ def preview_rebuild(rundir: RunDirectory) -> RebuildReport:
             accepted.append(Candidate(item.path, manifest, digest))
         else:
             skipped.append(ReportStranger(item.path, why))
-    return RebuildReport(run_id, tuple(accepted), tuple(sorted(skipped, key=lambda s: s.path)), applied=False)
+    epochs = [item.epoch or 0 for item in everything] + [item.manifest.epoch for item in accepted]
+    return RebuildReport(
+        run_id, tuple(accepted), tuple(sorted(skipped, key=lambda s: s.path)), max(epochs, default=0), applied=False
+    )
 
 
 def rebuild(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pid: int) -> RebuildReport:
@@ -130,14 +138,14 @@ def rebuild(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     return dataclasses.replace(report, applied=True)
 
 
-def _everything_published(rundir: RunDirectory) -> list[Found]:
-    """The published names below every directory that can be a series, for a journal that knows no series."""
+def _everything(rundir: RunDirectory) -> list[Found]:
+    """What stands below every directory that can be a series, for a journal that knows no series."""
     found: list[Found] = []
     for entry in sorted(rundir.path.iterdir()) if rundir.path.is_dir() else ():
         if entry.is_dir() and not entry.is_symlink():
             with contextlib.suppress(InvalidArgument):
                 found += rundir.listing([entry.name])
-    return [item for item in found if item.kind is FoundKind.FINAL and item.is_directory]
+    return found
 
 
 def _why_not_taken_in(item: Found, manifest: Manifest, run_id: str | None, taken: Sequence[Manifest]) -> str | None:

@@ -146,7 +146,11 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
             if state is not UNFINISHED:
                 moved = move_aside(rundir.journal_path)
             # Crash here: no journal; rebuilding again starts anew.
-            with Journal.open(rundir.journal_path) as journal, target.epoch(journal, REBUILD_COMMAND) as who:
+            newest = rebuilding.preview_rebuild(rundir).newest_epoch
+            with (
+                Journal.open(rundir.journal_path) as journal,
+                target.epoch(journal, REBUILD_COMMAND, after=newest) as who,
+            ):
                 report = rebuilding.rebuild(journal, rundir, **who)
                 recovery.project(journal, rundir)
     if out.as_json:

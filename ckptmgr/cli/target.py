@@ -98,9 +98,9 @@ def locked(rundir: RunDirectory, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def epoch(journal: Journal, command: str) -> Iterator[dict[str, Any]]:
+def epoch(journal: Journal, command: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
     """
-    An epoch of its own for *command*; the caller holds the run lock.
+    An epoch of its own for *command*, newer than *after*; the caller holds the run lock.
 
     Gives the keyword arguments that name it: ``epoch``, ``host``, ``pid``. An epoch that a crash
     cut short stays open in the journal, as a training run's would.
@@ -109,7 +109,7 @@ def epoch(journal: Journal, command: str) -> Iterator[dict[str, Any]]:
 
     who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     versions = {"ckptmgr": importlib.metadata.version("ckptmgr"), "python": platform.python_version()}
-    number = journal.begin_epoch(**who, command=command, versions=versions)
+    number = journal.begin_epoch(**who, command=command, versions=versions, after=after)
     yield {"epoch": number, **who}
     journal.end_epoch(number)
 

@@ -129,7 +129,7 @@ class Journal(Questions):
             connection.execute(update(run).values(run_id=run_id))
         self.run_id = run_id
 
-    def begin_epoch(self, *, host: str, pid: int, command: str, versions: Mapping[str, str]) -> int:
+    def begin_epoch(self, *, host: str, pid: int, command: str, versions: Mapping[str, str], after: int = 0) -> int:
         """
         Take the next epoch: from now on, no writer of an older one can change anything. Rank 0 only.
 
@@ -138,9 +138,10 @@ class Journal(Questions):
             pid: This process.
             command: What was started, for people.
             versions: Versions that matter, by package.
+            after: An epoch that a journal before this one had given out.
         """
         with self._database.writing() as connection:
-            number = scalar(connection, newest_epoch) + 1
+            number = max(scalar(connection, newest_epoch), after) + 1
             connection.execute(
                 insert(epoch).values(
                     epoch=number,

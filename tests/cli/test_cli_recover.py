@@ -196,6 +196,8 @@ def test_a_lost_journal_is_rebuilt_from_the_manifests(run: Run, ckptmgr: Call) -
     assert (shown["checkpoint"]["metrics"], shown["checkpoint"]["per_rank"]) == ({"loss": 2.5}, ["data"])
     assert shown["run"]["run_id"] == run.journal.run_id
     assert epochs(run) == [("ckptmgr recover --rebuild", True)]
+    with Journal.open_read_only(run.journal_path) as journal:
+        assert [epoch.epoch for epoch in journal.epochs()] == [run.epoch + 1], "epoch numbers go on"
 
 
 def test_a_damaged_journal_is_moved_aside_and_never_deleted(run: Run, ckptmgr: Call) -> None:

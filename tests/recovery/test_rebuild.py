@@ -55,6 +55,15 @@ def test_a_rebuilt_journal_agrees_with_the_disk_and_the_run_goes_on(lost):
     assert lost.recover().actions == ()
 
 
+def test_the_epoch_after_a_rebuild_is_newer_than_any_that_the_disk_knows_of(lost):
+    """A process of the lost journal that is still alive must not share an epoch, or a staging name, with a new one."""
+    assert preview_rebuild(lost.rundir).newest_epoch == max(record.epoch for record in lost.saved)
+    (lost.rundir.path / "checkpoint" / ".step-50.e41.a99.incomplete").mkdir()
+    assert preview_rebuild(lost.rundir).newest_epoch == 41
+    assert lost.journal.begin_epoch(host="h", pid=1, command="c", versions={}, after=41) == 42
+    assert lost.journal.begin_epoch(host="h", pid=1, command="c", versions={}, after=41) == 43
+
+
 def test_a_preview_of_a_rebuild_changes_nothing(lost):
     report = preview_rebuild(lost.rundir)
 
