@@ -90,7 +90,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str | Buffer, *, where: str = MANIFEST_NAME) -> Manifest:
         """
-        Read a manifest, trusting nothing in it.
+        Read a manifest, trusting nothing in it; its files come in the order of their paths.
 
         Raises:
             CorruptCheckpoint: Not JSON, another version, a missing or mistyped field, a name that
@@ -160,7 +160,7 @@ class Manifest:
             format=layout,
             world_size=count(body, "world_size"),
             created_at=float(take(body, "created_at", int, float)),
-            files=tuple(files),
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
             per_rank=tuple(per_rank),
             metrics=metrics,
             versions=versions,

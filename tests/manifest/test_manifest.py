@@ -142,6 +142,13 @@ def assert_usable(one: Manifest) -> None:
         float(number)
 
 
+def test_files_are_read_in_the_order_of_their_paths():
+    body = json.loads(json.dumps(BODY))
+    body["files"][0]["path"] = "zzz"
+    assert_usable(read(body))
+    assert [entry.path for entry in read(body).files] == sorted(entry["path"] for entry in body["files"])
+
+
 @settings(max_examples=400)
 @given(st.sampled_from(KEYS), JSON)
 def test_any_value_in_any_place_is_read_or_refused_and_never_crashes(where, value):
