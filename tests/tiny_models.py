@@ -35,6 +35,19 @@ def mixture_of_experts(seed: int = 0, *, tied: bool = True, layers: int = 2) -> 
         return Qwen3MoeForCausalLM(config)
 
 
+def fused_when_published(seed: int = 0) -> Any:
+    """A BERT that holds query, key and value as three weights and is published with them in one."""
+    from transformers import NomicBertConfig, NomicBertForMaskedLM
+
+    config = NomicBertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8, intermediate_size=24,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return NomicBertForMaskedLM(config)
+
+
 def sharded(model: Any, mesh: DeviceMesh | None = None) -> Any:
     """*model* under FSDP2, in place: each decoder layer, then the whole."""
     if mesh is None:

@@ -152,6 +152,17 @@ class Part:
     sizes: tuple[int, ...]
     begin: int
 
+    @property
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """The bytes of the file that the piece fills, as `runs_of_slice` tells them."""
+        runs = runs_of_slice(self.shape, self.offsets, self.sizes, self.dtype.itemsize)
+        return [(self.begin + offset, length, count, stride) for offset, length, count, stride in runs]
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether those bytes are next to each other, so that the piece lies in the file as it lies in memory."""
+        return len(self.runs) <= 1 and all(count == 1 for _, _, count, _ in self.runs)
+
 
 @dataclasses.dataclass(frozen=True)
 class RankPlan:
@@ -227,6 +238,7 @@ class HuggingFaceWriter:
         for module, group in itertools.groupby(named, key=lambda one: one.module):
             views = self._hub_views(module) if module is not None and self._options.adapter is None else {}
             held: list[tuple[int, _Held]] = []
+            joined: dict[int, tuple[str, View, list[tuple[Box, torch.Tensor]]]] = {}
             for one in group:
                 if self._options.adapter is not None:
                     for name, tensor in _adapt(self._options.adapter, one):
@@ -237,8 +249,13 @@ class HuggingFaceWriter:
                     held.append((0, (one.name, one.name, tuple(one.tensor.shape), module is not None, boxes)))
                 for view in views.get(one.name.removeprefix(one.prefix), ()):
                     cuts = [cut for box, local in boxes if (cut := view.cut(box, local)) is not None]
+                    if view.whole != view.shape:
+                        joined.setdefault(view.position, (one.prefix, view, []))[2].extend(cuts)
+                        continue
                     name, block = one.prefix + view.name, one.prefix + view.block
                     held.append((view.position, (name, block, view.shape, True, cuts)))
+            for position, (prefix, view, cuts) in joined.items():
+                held.append((position, (prefix + view.name, prefix + view.block, view.whole, False, cuts)))
             yield from (entry for _, entry in sorted(held, key=operator.itemgetter(0)))
 
     def _hub_views(self, module: torch.nn.Module) -> dict[str, list[View]]:
@@ -279,7 +296,7 @@ class HuggingFaceWriter:
             header, begins, size = _header({name: kept[name] for name in names}, ties)
             file = SharedFile(path, size, header)
             of_rank = _assign({name: kept[name] for name in names}, begins, load)
-            if len(of_rank) == 1:
+            if len(of_rank) == 1 and all(part.is_one_run for mine in of_rank.values() for part in mine):
                 ((rank, mine),) = of_rank.items()
                 own[rank].append((file, tuple(mine)))
             else:
@@ -307,7 +324,9 @@ class HuggingFaceWriter:
         for file, parts in mine.own:
             start = aligned(end)
             constants.append((start, file.header))
-            copies += [Copy((p.name, p.offsets), start + p.begin, p.dtype, p.sizes) for p in parts]
+            for part in parts:
+                at = part.runs[0][0] if part.runs else part.begin
+                copies.append(Copy((part.name, part.offsets), start + at, part.dtype, part.sizes))
             files.append(FileJob(file.path, file.size, own=True, segments=(Segment(0, start, file.size),)))
             end = start + file.size
         for file, parts in mine.shared:
@@ -317,10 +336,8 @@ class HuggingFaceWriter:
                 copy = Copy((part.name, part.offsets), start, part.dtype, part.sizes)
                 copies.append(copy)
                 end = start + copy.nbytes
-                for offset, length, count, stride in runs_of_slice(
-                    part.shape, part.offsets, part.sizes, part.dtype.itemsize
-                ):
-                    segments.append(Segment(part.begin + offset, start, length, count, stride))
+                for offset, length, count, stride in part.runs:
+                    segments.append(Segment(offset, start, length, count, stride))
                     start += length * count
             files.append(FileJob(file.path, file.size, own=False, segments=tuple(segments)))
         self._files = max(self._files, len(files))

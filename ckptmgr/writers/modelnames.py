@@ -4,8 +4,9 @@ The names under which the world knows a transformers model's weights, without to
 In transformers 5 a model may hold its weights in another shape than its published checkpoints, for
 instance all experts of a layer in one tensor; ``save_pretrained`` converts back with real tensor
 operations, which would gather sharded tensors. Here the same conversion runs over tensors without
-memory (device "meta"). As long as it only selects, cuts and turns, each result is a view whose offset
-and strides tell which part of which parameter it is, and any rank can cut its own shard accordingly.
+memory (device "meta"). As long as it only selects, cuts, turns and joins, each result is made of views
+whose offsets and strides tell which part of which parameter they are, and any rank can cut its own
+shard accordingly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,17 +28,20 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 @dataclasses.dataclass(frozen=True)
 class View:
     """
-    A published tensor as a view of a parameter.
+    A published tensor, or the part of one that begins at ``at``, as a view of a parameter.
 
-    ``position`` is its place in the order in which tensors are published. ``dims[j]`` is the
-    parameter's dimension that dimension *j* of the view runs along, or None for a dimension of size 1
-    that the view added; ``starts[d]`` is where the view begins in dimension *d* of the parameter.
-    Views with the same ``block`` are one piece of memory when ``save_pretrained`` splits shards.
+    ``position`` is its place in the order in which tensors are published, ``whole`` the shape of the
+    published tensor. ``dims[j]`` is the parameter's dimension that dimension *j* of the view runs
+    along, or None for a dimension of size 1 that the view added; ``starts[d]`` is where the view begins
+    in dimension *d* of the parameter. Published tensors with the same ``block`` are one piece of memory
+    when ``save_pretrained`` splits shards.
     """
 
     name: str
     block: str
     position: int
+    whole: tuple[int, ...]
+    at: tuple[int, ...]
     shape: tuple[int, ...]
     dims: tuple[int | None, ...]
     starts: tuple[int, ...]
@@ -70,7 +74,8 @@ class View:
             if along is None:
                 part = part.unsqueeze(position)
             where.append((0, 1) if along is None else ranges[along])
-        return (tuple(low for low, _ in where), tuple(size for _, size in where)), part
+        begins = tuple(begin + low for begin, (low, _) in zip(self.at, where, strict=True))
+        return (begins, tuple(size for _, size in where)), part
 
 
 def hub_views(module: torch.nn.Module) -> dict[str, list[View]]:
@@ -97,7 +102,7 @@ def hub_views(module: torch.nn.Module) -> dict[str, list[View]]:
         for name, tensor in module.state_dict().items()
         if isinstance(tensor, torch.Tensor) and name not in left_out
     }
-    with _ViewsOnly():
+    with _ViewsAndJoins() as joined:
         converted = revert_weight_conversion(module, dict(empty))
     owner = {_memory(tensor): name for name, tensor in empty.items()}
     first_in: dict[int, str] = {}
@@ -107,12 +112,14 @@ def hub_views(module: torch.nn.Module) -> dict[str, list[View]]:
     }
     views: dict[str, list[View]] = {}
     for position, (name, result) in enumerate(converted.items()):
-        source = owner.get(_memory(result))
-        view = _as_view(name, blocks[name], position, result, empty[source]) if source is not None else None
-        if source is None or view is None:
-            log.warning("%s: %s is not a part of one parameter; exporting the model's own names", type(module), name)
-            return {}
-        views.setdefault(source, []).append(view)
+        for at, part in joined.parts(result):
+            source = owner.get(_memory(part))
+            found = _as_view(part, empty[source]) if source is not None else None
+            if source is None or found is None:
+                log.warning("%s: %s is not made of parts; exporting the model's own names", type(module), name)
+                return {}
+            view = View(name, blocks[name], position, tuple(result.shape), at, tuple(part.shape), *found)
+            views.setdefault(source, []).append(view)
     return views if set(views) == set(empty) else {}
 
 
@@ -120,7 +127,8 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _as_view(name: str, block: str, position: int, result: torch.Tensor, source: torch.Tensor) -> View | None:
+def _as_view(result: torch.Tensor, source: torch.Tensor) -> tuple[tuple[int | None, ...], tuple[int, ...]] | None:
+    """The dimensions of *source* that those of its view *result* run along, and where in *source* it begins."""
     starts = []
     rest = result.storage_offset()
     for stride in source.stride():
@@ -139,16 +147,41 @@ def _as_view(name: str, block: str, position: int, result: torch.Tensor, source:
         if not fitting:
             return None
         dims.append(fitting[0])
-    return View(name, block, position, tuple(result.shape), tuple(dims), tuple(starts))
+    return tuple(dims), tuple(starts)
 
 
-class _ViewsOnly(TorchFunctionMode):
-    """Leaves out copies that change layout only, which would hide where a tensor came from."""
+class _ViewsAndJoins(TorchFunctionMode):
+    """Leaves out copies that change layout only, which would hide where a tensor came from, and remembers joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._joined: dict[int, tuple[torch.Tensor, list[torch.Tensor], int]] = {}
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
+        kwargs = kwargs or {}
         if func in (torch.Tensor.contiguous, torch.Tensor.clone, torch.clone):
             return args[0]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        if func in (torch.cat, torch.concat, torch.stack):
+            pieces = args[0] if args else kwargs["tensors"]
+            dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.ndim
+            if func is torch.stack:
+                pieces = [piece.unsqueeze(dim) for piece in pieces]
+            self._joined[_memory(result)] = (result, list(pieces), dim)
+        return result
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """What *tensor* was joined from, and where each piece begins in it; itself if it was not joined."""
+        whole, pieces, dim = self._joined.get(_memory(tensor), (None, [], 0))
+        if whole is None or (whole.shape, whole.stride()) != (tensor.shape, tensor.stride()):
+            # Not joined, or cut or turned after it was.
+            yield (0,) * tensor.ndim, tensor
+            return
+        begin = 0
+        for piece in pieces:
+            for at, part in self.parts(piece):
+                yield tuple(where + begin * (d == dim) for d, where in enumerate(at)), part
+            begin += piece.shape[dim]

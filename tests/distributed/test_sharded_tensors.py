@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from rank_processes import Here, on_ranks, run_on_ranks
 from safetensors.torch import load_file
 from saving_ranks import manager_on, rows
-from tiny_models import same, whole
+from tiny_models import fused_when_published, same, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -231,6 +231,34 @@ def test_pieces_that_do_not_fit_together_are_refused_on_every_rank(here: Here) -
             pending.wait()
     if here.is_leader:
         assert list(rows(here)) == [50], "what is refused leaves no row"
+
+
+def _export_fused(here: Here, dim: int) -> None:
+    model = fused_when_published()
+    mesh = init_device_mesh("cpu", (here.world_size,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(dim if p.ndim > dim else 0))
+    with manager_on(here, series=[Series("hf", HuggingFace(max_shard_size=4000))]) as manager:
+        pending = manager.save(1, {"model": model}, "hf")
+        assert pending is not None
+        pending.wait()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sharded_weights_that_are_published_joined_are_joined_without_gathering(tmp_path: Path, dim: int) -> None:
+    """Every rank writes its rows, or columns, of three weights into one tensor."""
+    run_on_ranks(2, _export_fused, tmp_path, dim=dim)
+    fused_when_published().save_pretrained(tmp_path / "theirs", max_shard_size=4000)
+    mine, theirs = tmp_path / "run" / "hf" / "hf-1", tmp_path / "theirs"
+
+    names = sorted(path.name for path in theirs.glob("*.safetensors*"))
+    assert len(names) > 2
+    for name in names:
+        if name.endswith(".json"):
+            assert (mine / name).read_bytes() == (theirs / name).read_bytes()
+        else:
+            assert same(load_file(mine / name), load_file(theirs / name))
 
 
 @on_ranks(2)
