@@ -116,11 +116,11 @@ class Ranks:
                 one's, or `SetupFailed`, which names them all.
         """
         if self.world_size == 1:
-            if type(error) is CheckpointError:
-                raise _setup_failed(what, [RankFailure(0, self.host, str(error))])
-            if error is not None:
+            if error is None:
+                return
+            if isinstance(error, CheckpointError) and type(error) is not CheckpointError:
                 raise error
-            return
+            raise _setup_failed(what, [RankFailure(0, self.host, _words(error))]) from error
         codes = self.agree([int(error is not None)])
         if not any(code for (code,) in codes):
             return

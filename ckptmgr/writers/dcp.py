@@ -272,7 +272,7 @@ def _warn_of_values_that_differ(digests: Sequence[Mapping[MetadataIndex, bytes]]
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InvalidArgument(f"{name!r} is not a dense tensor with data ({tensor.layout}, {tensor.device})")
 
 

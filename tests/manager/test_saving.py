@@ -42,11 +42,13 @@ from ckptmgr.errors import (
     JournalNotFound,
     ManagerClosed,
     SaveInFlight,
+    SetupFailed,
     UnsafePath,
     WaitTimeout,
 )
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.writers import arena
 
 
 def _save(manager: CheckpointManager, step: int, state: dict[str, Any] | None = None, **options: Any) -> None:
@@ -184,6 +186,19 @@ def test_a_warmed_up_first_save_needs_no_new_memory_or_writer(open_manager: Open
         assert "memfd:ckptmgr" in Path(f"/proc/{pid}/maps").read_text(), "the writer has mapped it too"
         _save(manager, 1, state)
         assert (manager.writer_pid, Path("/proc/self/maps").read_text().count("memfd:ckptmgr")) == (pid, 1)
+
+
+def test_an_arena_that_memory_cannot_hold_is_a_typed_error_and_a_smaller_one_works(
+    open_manager: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_manager() as manager:
+        with monkeypatch.context() as machine:
+            machine.setattr(arena, "_available_bytes", lambda: 1000)
+            with pytest.raises(SetupFailed, match="no memory for an arena") as caught:
+                manager.warm_up({"t": torch.zeros(10_000)})
+            assert [failure.rank for failure in caught.value.failures] == [0]
+        manager.warm_up({"t": torch.zeros(10_000)})
+        _save(manager, 1, {"t": torch.zeros(10_000)})
 
 
 # -- the same step again -----------------------------------------------------------------------------

@@ -226,8 +226,12 @@ def test_another_shape_is_a_mismatch(rank, tmp_path):
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.zeros(2, 2).to_sparse(), torch.empty(2, device="meta")],
-    ids=["sparse", "meta"],
+    [
+        torch.zeros(2, 2).to_sparse(),
+        torch.empty(2, device="meta"),
+        torch._empty_affine_quantized([2], dtype=torch.qint8),
+    ],
+    ids=["sparse", "meta", "quantized"],
 )
 def test_a_tensor_without_dense_data_is_refused(rank, tensor):
     with pytest.raises(InvalidArgument, match="not a dense tensor"):
