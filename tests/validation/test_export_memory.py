@@ -66,7 +66,8 @@ def test_the_peak_of_each_format_is_its_state_once_and_what_a_writer_needs(tmp_p
     assert set(table) == set(states)
     for form, state in states.items():
         added = float(re.search(r"([0-9.]+) = [0-9.]+ x state", table[form])[1]) * MB
-        assert state <= added <= 1.05 * state + FIXED
+        # The trainer may give back a few MB of its own between the two samples that this is the difference of.
+        assert 0.9 * state <= added <= 1.05 * state + FIXED
         # The arena is the state once, however many saves there were.
         assert state <= peak(samples, form, "shared") <= 1.02 * state + MB
         before, after = (peak(samples, form, "total", (phase,)) for phase in ("before", "after"))
