@@ -397,6 +397,7 @@ class RunDirectory:
             elif replaces is not None and at_final == replaces.id:
                 if not durable.exchange(staging, final):
                     durable.rename_new(final, self._inside(replaces.retired_directory))
+                    durable.sync_directory(final.parent)
                     # Crash here: GATHERED with the old directory set aside; recovery publishes the new one.
                     durable.rename_new(staging, final)
             else:
@@ -408,6 +409,8 @@ class RunDirectory:
                 )
         # Crash here: GATHERED with a published directory; recovery commits it.
         if replaces is not None and os.path.lexists(staging):
+            # A name that moves twice is synced in between: nobody promises that renames survive in their order.
+            durable.sync_directory(final.parent)
             durable.rename_new(staging, self._inside(replaces.retired_directory))
         durable.sync_directory(final.parent)
 
