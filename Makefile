@@ -8,7 +8,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs check clean
+.PHONY: help demo test torture lint docs check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -18,6 +18,9 @@ demo: $(VENV)/installed ## kill a training job in the middle of a save and see t
 
 test: $(VENV)/installed ## run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+torture: $(VENV)/installed ## every fault at every place of a run, and one table (needs gcc; at most 30 min; TORTURE='--seed 2 --budget 600')
+	$(BIN)/python tools/torture $(TORTURE)
 
 lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/ruff check .

@@ -34,8 +34,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 #: The status of a child that reached the place where it was to die.
@@ -64,9 +65,12 @@ class ForkServer:
     Args:
         preload: Modules to import once, before any fork.
         path: Folders that go before this process's import path, in every child and its writer processes.
+        environment: What else children and their writer processes find in their environment.
     """
 
-    def __init__(self, *preload: str, path: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self, *preload: str, path: tuple[Path, ...] = (), environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forks-")
         self._address = str(Path(self._folder.name, "socket"))
         with socket.socket(socket.AF_UNIX) as listener:
@@ -79,7 +83,7 @@ class ForkServer:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "child_process", *map(str, descriptors), *preload],
                     pass_fds=descriptors,
-                    env={**os.environ, "PYTHONPATH": import_path, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "PYTHONPATH": import_path, "OMP_NUM_THREADS": "1", **environment},
                 )
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> Ended:

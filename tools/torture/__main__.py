@@ -1,0 +1,148 @@
+"""
+``make torture``: every fault at every place, and one table.
+
+    python tools/torture [--seed N] [--budget SECONDS] [--only WORDS] [--report FILE] [--again POINT]
+
+Every sweep gets its share of the budget; within a sweep the seed decides which points come first. A
+report that was begun with the same seed and code is gone on with, so a second call tries other points.
+Exit status 1 if anything was violated, 2 if nothing could be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "crash"), str(ROOT / "tests")]
+
+from torture import faults, powerloss, shim  # noqa: E402
+from torture.report import Report, Result, table  # noqa: E402
+
+
+class Technique(Protocol):
+    """One fault on one run. *prepared* is what `prepare` returns; sweeps that are the `same` share it."""
+
+    fault: str
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+
+    @property
+    def same(self) -> object:
+        """Equal where what is prepared can be shared."""
+
+    def prepare(self, ground: faults.Ground, folder: Path) -> Sequence[Any]:
+        """Let the run go by, to know its points."""
+
+    def points(self, prepared: Sequence[Any]) -> Iterator[int]:
+        """All points."""
+
+    def strike(self, ground: faults.Ground, folder: Path, n: int, prepared: Sequence[Any]) -> faults.Outcome:
+        """The fault at one point, and what came of it."""
+
+
+def main() -> int:
+    """Torture, print the table, say what was violated."""
+    parser = argparse.ArgumentParser(prog="torture", description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1, help="which points come first (default 1)")
+    parser.add_argument("--budget", type=float, default=1500, help="seconds for all of it (default 1500)")
+    parser.add_argument("--only", default="", help="only sweeps whose name contains these words")
+    parser.add_argument("--report", type=Path, default=ROOT / "runs" / "torture.jsonl", help="where results are kept")
+    parser.add_argument("--again", help="one point by its name, whatever the report says; what is left of it stays")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="points at a time")
+    options = parser.parse_args()
+    if reason := shim.why_not():
+        print(f"nothing was tried: {reason}", file=sys.stderr)
+        return 2
+    report = Report(options.report, f"{options.seed} {_code()}")
+    with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
+        ground = faults.Ground(Path(folder), shim.build())
+        try:
+            if options.again:
+                return _again(ground, options.again)
+            possible = _torture(ground, report, options)
+        finally:
+            ground.close()
+    print(table(report.results.values(), faults.TRANSITIONS, possible))
+    for result in report.violations:
+        print(f"\nVIOLATED: {result.point}\n{result.violation}")
+    return 1 if report.violations else 0 if report.results else 2
+
+
+def _torture(ground: faults.Ground, report: Report, options: argparse.Namespace) -> dict[str, int]:
+    began = time.monotonic()
+    sweeps = [sweep for sweep in _sweeps() if options.only in sweep.name]
+    possible: dict[str, int] = {}
+    plans = []
+    whole: dict[object, Sequence[Any]] = {}
+    for number, sweep in enumerate(sweeps):
+        if sweep.same not in whole:
+            whole[sweep.same] = sweep.prepare(ground, ground.folder / f"whole-{number}")
+        points = list(sweep.points(whole[sweep.same]))
+        possible[sweep.fault] = possible.get(sweep.fault, 0) + len(points)
+        todo = [n for n in points if f"{sweep.name} | {n}" not in report.results]
+        random.Random(f"{options.seed} {sweep.name}").shuffle(todo)
+        plans.append((sweep, whole[sweep.same], todo))
+    _say(f"{len(sweeps)} sweeps, {sum(possible.values())} points, {time.monotonic() - began:.0f} s to prepare")
+
+    def strike(job: tuple[Technique, Sequence[Any], int]) -> None:
+        sweep, prepared, n = job
+        if time.monotonic() - began > options.budget:
+            return
+        if len(report.results) % 500 == 499:
+            so_far = f"{len(report.results) + 1} points, {len(report.violations)} violations"
+            _say(f"{so_far}, {time.monotonic() - began:.0f} s")
+        started = time.monotonic()
+        outcome = sweep.strike(ground, ground.folder / f"{id(sweep)}-{n}", n, prepared)
+        name = f"{sweep.name} | {n}"
+        report.add(Result(name, sweep.fault, outcome.phase, outcome.violation, time.monotonic() - started))
+        if outcome.violation:
+            _say(f"VIOLATED: {name}")
+
+    # Round after round, so that every sweep has had its share whenever the budget ends.
+    rounds = max((len(todo) for _, _, todo in plans), default=0)
+    share = [(sweep, prepared, todo[n]) for n in range(rounds) for sweep, prepared, todo in plans if n < len(todo)]
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(strike, share))
+    return possible
+
+
+def _again(ground: faults.Ground, name: str) -> int:
+    wanted, _, n = name.rpartition(" | ")
+    (sweep,) = (one for one in _sweeps() if one.name == wanted)
+    prepared = sweep.prepare(ground, ground.folder / "whole")
+    outcome = sweep.strike(ground, Path(tempfile.mkdtemp(prefix="torture-point-")), int(n), prepared)
+    print(f"{outcome.phase}: {outcome.violation or 'nothing was violated'}")
+    return 1 if outcome.violation else 0
+
+
+def _sweeps() -> list[Technique]:
+    return [*faults.sweeps(), *powerloss.sweeps()]
+
+
+def _code() -> str:
+    """A fingerprint of everything that is tested and of what tests it."""
+    digest = hashlib.sha256()
+    folders = (ROOT / "ckptmgr", ROOT / "migrations", ROOT / "tools" / "torture", ROOT / "tests" / "crash")
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".c")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

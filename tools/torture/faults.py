@@ -1,0 +1,350 @@
+"""
+The sweeps: a fault at every call of a run, one after the other, each followed by everything that must hold.
+
+A sweep lets its run go by once and writes all its calls down; each of them is a point. At a point the
+run starts anew from the same past, the fault strikes at that call, and the judge opens what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import crash_run
+from child_process import AtComment, Ended, ForkServer, assert_no_writer_of
+from crash_run import Scenario, scenarios
+
+from torture import runs, shim
+from torture.shim import Action, Call, Kind, Orders, Phase
+
+#: The columns of the table.
+NOT_REACHED = "not reached"
+TRANSITIONS = (*(phase.name for phase in Phase), NOT_REACHED)
+_KILLED = -9
+_MOST_S = 90
+
+
+class Ground:
+    """
+    Where torture happens: a fork server with everything imported, and runs to start from, made once.
+
+    Args:
+        folder: On the disk that is to be used; everything goes below it.
+        library: The shim.
+        path: Folders that go before the import path of children, for mutants.
+    """
+
+    def __init__(self, folder: Path, library: Path, path: tuple[Path, ...] = ()) -> None:
+        here = Path(__file__).resolve().parents[1]
+        tests = here.parent / "tests"
+        self.folder = folder
+        self.forks = ForkServer(
+            "ckptmgr.manager",
+            "ckptmgr.cli",
+            "torture.runs",
+            path=(*path, here, tests / "crash", tests),
+            environment={"LD_PRELOAD": str(library)},
+        )
+        self._pasts: dict[object, Path] = {}
+        self._lock = threading.Lock()
+
+    def past(self, scenario: Scenario, to: Path) -> Path:
+        """Put a run that has lived through *scenario*'s past at a place."""
+        with self._lock:
+            run = self._pasts.get(scenario.before)
+            if run is None:
+                run = self.folder / f"past-{len(self._pasts)}" / "alpha"
+                self.forks.do(crash_run.prepare, run, scenario)
+                self.forks.do(crash_run.recover_once, run)
+                self._pasts[scenario.before] = run
+        return crash_run.copy_of(run, to)
+
+    def close(self) -> None:
+        """End all processes."""
+        self.forks.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a point came to: where in the run's life the fault struck; a violation in words, or empty."""
+
+    phase: str
+    violation: str = ""
+
+
+class Sweep:
+    """
+    One fault at every call of one run.
+
+    Args:
+        fault: What the table calls it.
+        words: Series and scenario, such as ``dcp steady``, or ``create``.
+        world: Ranks.
+        orders: The order for a call, given its number and what it was when nothing struck; None to leave it out.
+    """
+
+    def __init__(
+        self, fault: str, words: str, world: int, orders: Callable[[int, Call], Orders | None], *, afterwards: bool
+    ) -> None:
+        self.fault = fault
+        self.words = words
+        self.world = world
+        self._orders = orders
+        self._afterwards = afterwards
+        series, _, how = words.partition(" ")
+        self._scenario = scenarios(series)[how] if how else None
+
+    @property
+    def name(self) -> str:
+        """What it is called in a report."""
+        return f"{self.fault} | {self.words} | {self.world}"
+
+    @property
+    def same(self) -> object:
+        """Sweeps of which this is equal can share what `prepare` made."""
+        return (self.words, self.world)
+
+    def prepare(self, ground: Ground, folder: Path) -> list[Call]:
+        """Let the run go by; all its calls."""
+        trace = folder / "trace"
+        ended, _, run = self._go(ground, folder, Orders(trace=str(trace)), afterwards=False)
+        assert ended.status == 0, ended.output
+        ground.forks.do(runs.judge, run, timeout_s=_MOST_S)
+        return list(shim.calls(trace))
+
+    def points(self, prepared: Sequence[Call]) -> Iterator[int]:
+        """The numbers of the calls at which this fault makes sense."""
+        return (n for n, call in enumerate(prepared, 1) if self._orders(n, call) is not None)
+
+    def strike(self, ground: Ground, folder: Path, n: int, prepared: Sequence[Call]) -> Outcome:
+        """Let the fault strike at the *n*-th call and judge what is left."""
+        call = prepared[n - 1]
+        orders = self._orders(n, call)
+        assert orders is not None
+        if orders.action is Action.FAIL and call.kind is Kind.FSYNC:
+            orders = dataclasses.replace(orders, trace=str(folder / "trace"))
+        phase = call.phase.name
+        try:
+            ended, struck, run = self._go(ground, folder, orders, afterwards=self._afterwards)
+            if struck.times:
+                phase = struck.phase.name
+            self._survivors_heard(orders, struck, ended, run)
+            if orders.trace:
+                _assert_not_synced_again(Path(orders.trace), struck)
+            ground.forks.do(runs.judge, run, timeout_s=_MOST_S)
+        except AssertionError as error:
+            return Outcome(phase, f"{orders} ({call.kind.name.lower()} {Path(call.path).name}): {error}")
+        shutil.rmtree(folder)
+        return Outcome(phase if struck.times else NOT_REACHED)
+
+    def _live(
+        self, ground: Ground, folder: Path, place: Path, orders: Orders, *, afterwards: bool
+    ) -> tuple[Ended, Path]:
+        if self._scenario is None:
+            run = folder / "runs" / "alpha"
+            run.parent.mkdir(exist_ok=True)
+            crash_run.assets(run)
+            shim.give(place, run, orders)
+            return ground.forks.run(runs.create, run, place, timeout_s=_MOST_S), run
+        run = ground.past(self._scenario, folder)
+        shim.give(place, run, orders)
+        args = (run, place, self._scenario, self.world, afterwards)
+        return ground.forks.run(runs.live, *args, timeout_s=_MOST_S), run
+
+    def _go(self, ground: Ground, folder: Path, orders: Orders, *, afterwards: bool) -> tuple[Ended, shim.Struck, Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / "orders"
+        ended, run = self._live(ground, folder, place, orders, afterwards=afterwards)
+        for role, pid in shim.pids(place).items():
+            if role % 2 == 0:
+                _assert_gone(pid)
+                assert_no_writer_of(pid, within_s=2)
+        return ended, shim.struck(place), run
+
+    def _survivors_heard(self, orders: Orders, struck: shim.Struck, ended: Ended, run: Path) -> None:
+        """Who lives hears of it in time, all alike, and can save again."""
+        kills = orders.action in (Action.KILL, Action.TORN) and struck.times
+        dead = {struck.role if orders.target == shim.CALLER else orders.target} if kills else set()
+        if orders.target == shim.EVERYONE and kills:
+            assert ended.status == _KILLED, f"status {ended.status}\n{ended.output}"
+            return
+        statuses = {0: ended.status}
+        if self.world > 1:
+            assert ended.status == 0, ended.output
+            ((_, *each),) = runs.told(run, "world")
+            statuses = dict(enumerate(each))
+        lost = {role // 2 for role in dead if role % 2 == 0}
+        for rank, status in statuses.items():
+            if rank in lost:
+                assert status == _KILLED, f"rank {rank}: status {status}\n{ended.output}"
+                continue
+            told = runs.told(run, rank)
+            for word, *facts in told:
+                late = facts[-1]
+                assert late < runs.HEARD_WITHIN_S, f"rank {rank} was told {word} after {late:.1f} s"
+            if lost:
+                # Without that rank nothing can be saved; every other one must know, by a typed error.
+                assert told, f"rank {rank} was told nothing\n{ended.output}"
+                continue
+            assert status == 0, f"rank {rank}: status {status}\n{ended.output}"
+            if self._afterwards and told[0][0] != "refused":
+                assert told[-1][:2] == ["acknowledged", runs.AFTERWARDS], f"rank {rank}: {told}\n{ended.output}"
+        alive = [_without_times(runs.told(run, rank)) for rank in statuses if rank not in lost]
+        assert lost or all(one == alive[0] for one in alive), f"the ranks were told different things: {alive}"
+
+
+class RecoverySweep(Sweep):
+    """
+    The same while the next start recovers from an earlier crash.
+
+    Args:
+        fault: What the table calls it.
+        words: Series and scenario that crashed.
+        first: The comment of the product at which it crashed.
+        orders: As of a `Sweep`.
+    """
+
+    def __init__(self, fault: str, words: str, first: str, orders: Callable[[int, Call], Orders | None]) -> None:
+        super().__init__(fault, words, 1, orders, afterwards=False)
+        self._first = first
+        self._left: Path | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} | recovery after: {self._first}"
+
+    @property
+    def same(self) -> object:
+        return (self.words, self._first)
+
+    def _live(
+        self, ground: Ground, folder: Path, place: Path, orders: Orders, *, afterwards: bool
+    ) -> tuple[Ended, Path]:
+        del afterwards  # nothing is saved
+        assert self._scenario is not None
+        run = crash_run.copy_of(self._left_behind(ground, folder), folder)
+        shim.give(place, run, orders)
+        return ground.forks.run(runs.recover, run, place, self._scenario.exchange, timeout_s=_MOST_S), run
+
+    def _left_behind(self, ground: Ground, folder: Path) -> Path:
+        assert self._scenario is not None
+        with self._lock:
+            if self._left is None:
+                left = ground.past(self._scenario, folder.with_name(f"{folder.name}-left"))
+                ground.forks.crash(crash_run.crash_while_saving, left, self._scenario, AtComment(self._first))
+                self._left = left
+            return self._left
+
+
+def _assert_gone(pid: int) -> None:
+    """A process that was killed may take a moment to let go of what it holds."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        with contextlib.suppress(OSError):
+            # A zombie of several threads still holds its files until the last of them is gone.
+            dead = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if dead and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1:
+                return
+        assert time.monotonic() < deadline, f"process {pid} goes on after its run has ended"
+        time.sleep(0.005)
+
+
+def _without_times(told: list[list[Any]]) -> list[list[Any]]:
+    return [words[:2] if words[0] == "refused" else words[:-1] for words in told]
+
+
+def _assert_not_synced_again(trace: Path, struck: shim.Struck) -> None:
+    """The kernel may have dropped the pages; a second fsync would call them written."""
+    if struck.times and ".incomplete/" in struck.path:
+        again = [call for call in shim.calls(trace) if call.kind is Kind.FSYNC and call.path == struck.path]
+        assert again == [], f"{struck.path} was synced again after its fsync had failed"
+
+
+# --- which faults ------------------------------------------------------------------------------
+
+SCENARIOS = tuple(f"{series} {how}" for series in crash_run.NAMES for how in scenarios(series))
+_CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE)
+#: While rank 1 or a writer has something to do.
+_SHARED_WORK = (Phase.PREWRITTEN, Phase.WRITING, Phase.SHARDS, Phase.GATHERED)
+
+
+#: Crashes that leave something to do, one for each thing that recovery does.
+CRASHED = (
+    ("hf first", "PREWRITTEN with metadata in the staging directory"),
+    ("dcp steady", "WRITING with a durable manifest"),
+    ("dcp first", "GATHERED with a complete staging directory"),
+    ("dcp overwrite", "GATHERED with a complete staging directory"),
+    ("dcp overwrite", "GATHERED with a published directory"),
+    ("hf overwrite-aside", "GATHERED with the old directory set aside"),
+    ("hf steady", "COMMITTED with a stale meta.json and link"),
+    ("dcp steady", "COMMITTED and retiring under its final name"),
+    ("dcp steady", "the row says retiring, the directory has its retired name"),
+    ("hf overwrite", "the directory is gone, the row still says retiring"),
+)
+
+
+def _kill(target: int, phases: Iterable[Phase] = tuple(Phase)) -> Callable[[int, Call], Orders | None]:
+    wanted = frozenset(phases)
+    return lambda n, call: Orders(n, Action.KILL, target=target) if call.phase in wanted else None
+
+
+def _fail(code: int, *, sticky: bool) -> Callable[[int, Call], Orders | None]:
+    no_space = code in (errno.ENOSPC, errno.EDQUOT)
+
+    def orders(n: int, call: Call) -> Orders | None:
+        if no_space and call.kind not in shim.TAKES_SPACE:
+            return None
+        return Orders(n, Action.FAIL, code, sticky=sticky)
+
+    return orders
+
+
+def _write(action: Action) -> Callable[[int, Call], Orders | None]:
+    return lambda n, call: Orders(n, action, target=shim.EVERYONE) if call.kind is Kind.WRITE else None
+
+
+def sweeps() -> list[Sweep]:
+    """All of them: fault × run."""
+    found = [Sweep("SIGKILL of all", words, 1, _kill(shim.EVERYONE), afterwards=False) for words in SCENARIOS]
+    found += [
+        Sweep("SIGKILL of all", "create", 1, _kill(shim.EVERYONE), afterwards=False),
+        *(
+            Sweep("SIGKILL of all", words, 2, _kill(shim.EVERYONE), afterwards=False)
+            for words in ("dcp first", "dcp overwrite", "hf steady")
+        ),
+    ]
+    for words in ("dcp steady", "hf overwrite"):
+        found.append(
+            Sweep("SIGKILL of the trainer only", words, 1, _kill(shim.trainer(0), [Phase.SHARDS]), afterwards=False)
+        )
+        found.append(Sweep("SIGKILL of one writer", words, 1, _kill(shim.writer(0), [Phase.SHARDS]), afterwards=True))
+        for rank in (0, 1):
+            found.append(
+                Sweep("SIGKILL of one writer", words, 2, _kill(shim.writer(rank), _SHARED_WORK), afterwards=True)
+            )
+            found.append(
+                Sweep("SIGKILL of one rank", words, 2, _kill(shim.trainer(rank), _SHARED_WORK), afterwards=True)
+            )
+    for words in SCENARIOS:
+        found.append(Sweep("torn write, then SIGKILL", words, 1, _write(Action.TORN), afterwards=False))
+        found.append(Sweep("short write", words, 1, _write(Action.SHORT), afterwards=True))
+        for code in _CODES:
+            for sticky in (False, True):
+                name = f"{errno.errorcode[code]} {'sticky' if sticky else 'once'}"
+                found.append(Sweep(name, words, 1, _fail(code, sticky=sticky), afterwards=True))
+    for words in ("dcp steady", "hf overwrite"):
+        for code in (errno.ENOSPC, errno.EIO):
+            found.append(Sweep(f"{errno.errorcode[code]} once", words, 2, _fail(code, sticky=False), afterwards=True))
+    for words, first in CRASHED:
+        found.append(RecoverySweep("SIGKILL of all", words, first, _kill(shim.EVERYONE)))
+        found.append(RecoverySweep("EIO once", words, first, _fail(errno.EIO, sticky=False)))
+        found.append(RecoverySweep("ENOSPC sticky", words, first, _fail(errno.ENOSPC, sticky=True)))
+    return found

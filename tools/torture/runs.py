@@ -1,0 +1,212 @@
+"""
+What the processes under torture do. Everything here runs in children of the fork server.
+
+A run of the crash tests (`crash_run`) on one or two ranks: open, save as told, hear of failures, and
+after the fault save once more. What each rank was told stands beside the run, for the judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crash_run
+import torch
+import torch.distributed as dist
+from crash_run import Save, Scenario
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ckptmgr import commit, recovery
+from ckptmgr.cli import main
+from ckptmgr.errors import CheckpointError, SaveFailed
+from ckptmgr.lifecycle import Lifecycle
+from ckptmgr.manager import CheckpointManager
+from ckptmgr.options import Timeouts
+from ckptmgr.rundir import RunDirectory
+from torture.shim import Armed, Phase
+
+#: The save that must work once the fault is over.
+AFTERWARDS = 40
+#: Longest that a rank may wait for one that is gone or stopped: gather and collective_s below, and the work itself.
+HEARD_WITHIN_S = 12.0
+
+crash_run.PATIENCE = Timeouts(
+    setup_s=20, write_s=5, gather_s=2, collective_s=6, close_s=10, close_on_error_s=5
+)  # the same for every run here: short enough that a stopped rank costs seconds
+
+
+def live(run: Path, orders: Path, scenario: Scenario, world: int = 1, afterwards: bool = True) -> None:
+    """
+    Go on with the run under *orders*, on *world* ranks, all in this process group.
+
+    *afterwards*: end the fault and save once more, as those who survive it must be able to.
+    """
+    if world == 1:
+        _rank(run, orders, scenario, 0, 1, afterwards)
+        return
+    ranks = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _rank(run, orders, scenario, rank, world, afterwards)
+                status = 0
+            except BaseException:  # noqa: BLE001 - whatever it was, the other ranks' statuses matter too
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        ranks.append(pid)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    _tell(run, "world", "ended", *statuses)
+
+
+def recover(run: Path, orders: Path, exchange: bool = True) -> None:
+    """Open the run as the next start does, under *orders*, and close it."""
+    if not exchange:
+        crash_run.without_exchange()
+    armed = Armed(orders, 0)
+    _follow(armed)
+    with contextlib.suppress(CheckpointError, OSError), crash_run.manager(run):
+        pass
+
+
+def create(run: Path, orders: Path) -> None:
+    """The very first start of a run: directories, journal, schema, epoch; then one save."""
+    live(run, orders, Scenario((), (Save("dcp", 1),)), 1, False)
+
+
+def judge(run: Path, *, set_aside: bool = False, twice: bool = True) -> None:
+    """Everything that must hold after a crash, by opening, resuming and saving again on one rank."""
+    begun = run.is_dir() and RunDirectory(run).journal_path.exists()
+    crash_run.check(run, twice=twice and begun, set_aside=set_aside)
+
+
+def judge_recovery(run: Path) -> None:
+    """The same with `ckptmgr recover --apply` alone, without a manager: quicker."""
+    if not run.is_dir() or not RunDirectory(run).journal_path.exists():
+        assert not any(word == "acknowledged" for word, *_ in crash_run.notes(run)), "the run or its journal is gone"
+        judge(run)
+        return
+    assert main(["recover", str(run), "--apply"]) == 0
+    before = crash_run.tree(run), crash_run.rows(run)
+    assert main(["recover", str(run), "--apply"]) == 0
+    assert (crash_run.tree(run), crash_run.rows(run)) == before, "a second recovery changed something"
+    crash_run.assert_sound(run)
+
+
+def _rank(run: Path, orders: Path, scenario: Scenario, rank: int, world: int, afterwards: bool) -> None:
+    if world > 1:
+        signal.alarm(120)  # whatever happens, this process ends
+        store = dist.FileStore(str(run.with_name("meeting")), world)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=20)
+        )
+    if not scenario.exchange:
+        crash_run.without_exchange()
+    armed = Armed(orders, rank)
+    _follow(armed)
+    began = time.monotonic()
+    try:
+        opened = crash_run.manager(run, keep=scenario.keep)
+    except (OSError, CheckpointError) as error:
+        _tell(run, rank, "refused", type(error).__name__, str(error), time.monotonic() - began)
+        return
+    with opened:
+        for save in scenario.now:
+            _save(run, opened, save, rank, world, armed)
+        if afterwards:
+            armed.calm()
+            _save(run, opened, Save(scenario.now[-1].series, AFTERWARDS), rank, world, armed)
+    if rank == 0:
+        armed.phase = Phase.END
+
+
+def _save(run: Path, opened: CheckpointManager, save: Save, rank: int, world: int, armed: Armed) -> None:
+    if rank == 0:
+        crash_run.note(run, "begun", save)
+    began = time.monotonic()
+    try:
+        pending = opened.save(
+            save.step, _state(save, world), save.series, overwrite=save.overwrite, metrics={"gen": save.gen}
+        )
+        assert pending is not None
+        pending.wait()
+    except SaveFailed as failed:
+        where = [[failure.rank, failure.cause] for failure in failed.failures]
+        _tell(run, rank, "failed", save.step, where, time.monotonic() - began)
+        if rank == 0:
+            crash_run.note(run, "failed", save)
+            if not armed.goes_on:  # while the disk still refuses everything, nothing can be undone either
+                crash_run.assert_what_was_acknowledged_is_whole(run)
+    except CheckpointError as error:
+        _tell(run, rank, "error", save.step, type(error).__name__, time.monotonic() - began)
+        raise
+    else:
+        _tell(run, rank, "acknowledged", save.step, save.gen, time.monotonic() - began)
+        if rank == 0:
+            crash_run.note(run, "acknowledged", save)
+
+
+def _state(save: Save, world: int) -> dict[str, Any]:
+    """The state of the crash tests; on several ranks each holds a part of every weight."""
+    state = crash_run.state(save.series, save.step, save.gen)
+    if world > 1:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for module in state["model"].modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(
+                    name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
+                )
+    return state
+
+
+def _tell(run: Path, rank: int | str, *words: Any) -> None:
+    with run.with_name(f"told-{rank}").open("a") as stream:
+        stream.write(json.dumps(words) + "\n")
+
+
+def told(run: Path, rank: int | str) -> list[list[Any]]:
+    """What a rank wrote down of what it was told."""
+    path = run.with_name(f"told-{rank}")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --- phases ------------------------------------------------------------------------------------
+
+
+def _follow(armed: Armed) -> None:
+    """Tell the shim where the run is, whenever rank 0 enters or leaves a step of the commit order."""
+    for owner, name, phase, then in (
+        (commit.Leader, "begin", Phase.PREWRITTEN, Phase.SHARDS),
+        (Lifecycle, "start_writing", Phase.WRITING, None),
+        (commit.Leader, "commit", Phase.GATHERED, None),
+        (RunDirectory, "publish", Phase.RENAME, None),
+        (Lifecycle, "commit", Phase.COMMITTED, None),
+        (commit.Leader, "project", Phase.PROJECTION, None),
+        (commit.Leader, "fail", Phase.FAILED, None),
+        (commit.Leader, "_retire_one", Phase.DELETION, None),
+        (recovery, "recover", Phase.RECOVERY, None),
+    ):
+        setattr(owner, name, _followed(armed, getattr(owner, name), phase, then))
+
+
+def _followed(armed: Armed, real: Callable[..., Any], phase: Phase, then: Phase | None) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before, armed.phase = armed.phase, phase
+        try:
+            return real(*args, **kwargs)
+        finally:
+            armed.phase = before if then is None else then
+
+    return wrapper
