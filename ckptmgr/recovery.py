@@ -374,7 +374,8 @@ class _Planner:
             self._take([record.directory])
             return []
         there = self._at.get(record.directory)
-        for path in (record.retired_directory, *self._moved_to.get(record.id, ()), record.staging_directory):
+        own = (record.retired_directory, *self._moved_to.get(record.id, ()), record.staging_directory)
+        for path in (*own, *self._under_names_of_others(record)):
             if self._holds(record, path):
                 self._take([path])
                 self._restored.add(record.id)
@@ -385,6 +386,11 @@ class _Planner:
             # published over it and is given up takes its directory away itself.
             self._take([record.directory])
         return [ReportMissing(record, f"{record.directory} {_what(there)}")]
+
+    def _under_names_of_others(self, record: CheckpointRecord) -> list[str]:
+        """Where a manager that came too late may have moved it: see `RunDirectory._move_aside`."""
+        retired = (item for item in self._at.values() if item.kind is FoundKind.RETIRED)
+        return sorted(item.path for item in retired if item.series == record.series)
 
     def _roll_back(self, record: CheckpointRecord) -> Action:
         places = (record.staging_directory, record.retired_directory)

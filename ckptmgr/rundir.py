@@ -396,7 +396,7 @@ class RunDirectory:
                 durable.rename_new(staging, final)
             elif replaces is not None and at_final == replaces.id:
                 if not durable.exchange(staging, final):
-                    durable.rename_new(final, self._inside(replaces.retired_directory))
+                    self._move_aside(replaces)
                     durable.sync_directory(final.parent)
                     # Crash here: GATHERED with the old directory set aside; recovery publishes the new one.
                     durable.rename_new(staging, final)
@@ -429,9 +429,29 @@ class RunDirectory:
         """
         retired = self._inside(record.retired_directory)
         if not os.path.lexists(retired) and self._attempt_at(record.directory) == record.id:
-            durable.rename_new(self._inside(record.directory), retired)
+            self._move_aside(record)
             # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
         self._remove(retired)
+
+    def _move_aside(self, record: CheckpointRecord) -> None:
+        """
+        Rename a checkpoint from its final to its retired name.
+
+        A manager that was stopped after it had looked may be late: where locks do not hold, another one
+        may have committed under this final name since. So it is looked at again under the new name, which is
+        this attempt's alone, before anything is deleted.
+        """
+        durable.rename_new(self._inside(record.directory), self._inside(record.retired_directory))
+        if self._attempt_at(record.retired_directory) != record.id:
+            # Crash here: a live checkpoint stands at the retired name of another; recovery puts it back.
+            durable.rename_new(self._inside(record.retired_directory), self._inside(record.directory))
+            durable.sync_directory(self._inside(record.directory).parent)
+            raise UnsafePath(
+                f"{record.directory} holds another checkpoint than attempt {record.id} by now",
+                hint="another manager has taken the run over; end this one",
+                path=record.directory,
+                reason="taken",
+            )
 
     def remove(self, path: str) -> None:
         """

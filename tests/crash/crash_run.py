@@ -19,7 +19,7 @@ from child_process import AtComment, AtEffect, arm, die, mark_trace
 
 from ckptmgr import durable, recovery
 from ckptmgr.cli import main
-from ckptmgr.errors import CheckpointError, SaveFailed
+from ckptmgr.errors import CheckpointError, SaveFailed, UnsafePath
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord
 from ckptmgr.manager import CheckpointManager
@@ -283,6 +283,26 @@ def crash_while_creating(run: Path, at: AtComment | AtEffect) -> None:
     run.parents[1].mkdir(parents=True, exist_ok=True)
     arm(at, run.parent)
     train(run, (Save("dcp", 1),), series=["dcp"])
+
+
+def retire_too_late(run: Path, *faults: AtComment) -> None:
+    """
+    Delete the first checkpoint of step 1 as a manager that was stopped after it had looked and before it renamed.
+
+    Another manager has replaced that checkpoint meanwhile, so the live one stands under this name.
+    """
+    rundir = RunDirectory(run)
+    with Journal.open_read_only(rundir.journal_path) as journal:
+        gone = journal.checkpoint(1)
+        assert journal.checkpoint(2).is_live
+        assert journal.checkpoint(2).directory == gone.directory
+    for fault in faults:
+        arm(fault, run)
+    look = rundir._attempt_at
+    seen = iter([gone.id])
+    rundir._attempt_at = lambda path: next(seen, None) or look(path)  # type: ignore[method-assign]
+    with contextlib.suppress(UnsafePath):
+        rundir.retire(gone)
 
 
 def rebuild(run: Path, *faults: AtComment | AtEffect) -> None:

@@ -157,3 +157,6 @@ REBUILDING = (
     AtComment("no journal; rebuilding again starts anew"),
     AtComment("a rollback journal without its database"),
 )
+
+#: A manager that was stopped and comes too late: another one has taken the run over meanwhile.
+TOO_LATE = (AtComment("a live checkpoint stands at the retired name of another"),)

@@ -10,7 +10,7 @@ import crash_run
 import pytest
 from child_process import CRASHED, KILLED, AtEffect, comments
 from crash_run import NAMES, Scenario, as_left, copy_of, scenarios
-from ledger import REBUILDING, RECOVERING, SAVING, Left, Twice
+from ledger import REBUILDING, RECOVERING, SAVING, TOO_LATE, Left, Twice
 
 import ckptmgr
 from ckptmgr.lifecycle import CheckpointRecord
@@ -30,7 +30,7 @@ def label(row: Left | Twice) -> str:
 
 def test_every_crash_comment_has_a_row_and_every_row_a_comment():
     there = comments(PACKAGE)
-    told = [at.comment for at in [row.at for row in (*SAVING, *RECOVERING)] + list(REBUILDING)]
+    told = [at.comment for at in (*(row.at for row in (*SAVING, *RECOVERING)), *REBUILDING, *TOO_LATE)]
 
     assert [text for text in there if not any(text.startswith(start) for start in told)] == []
     for start in told:
@@ -120,3 +120,19 @@ def test_crash_while_recovering(forks, prepared, tmp_path, row: Twice):
     forks.do(crash_run.check, run, True, bool(row.damage))
 
     assert as_left(run)[0][new.id - 1].state == row.then
+
+
+@pytest.mark.parametrize("crash", [*TOO_LATE, None], ids=["crash", "no crash"])
+def test_a_manager_that_comes_too_late_deletes_nothing_live(forks, prepared, tmp_path, crash):
+    overwrite = scenarios("dcp")["overwrite"]
+    run = prepared(overwrite, tmp_path / "run")
+    forks.do(crash_run.train, run, overwrite.now)
+    if crash is None:
+        forks.do(crash_run.retire_too_late, run)
+    else:
+        forks.crash(crash_run.retire_too_late, run, crash)
+    rows, names = as_left(run)
+
+    assert rows[1].is_live
+    assert names == {rows[1].directory if crash is None else rows[0].retired_directory}
+    forks.do(crash_run.check, run, True)

@@ -365,6 +365,15 @@ def test_an_old_checkpoint_that_was_moved_aside_is_restored_before_anything_else
     assert all(not isinstance(action, RemoveLeftover) for action in rest)
 
 
+def test_a_live_checkpoint_under_the_retired_name_of_another_is_restored():
+    gone = record(3, 5, S.COMMITTED, retire_started_at=1.0)
+    live = record(7, 5, S.COMMITTED, commit_seq=2)
+    finish, restore = actions([gone, live], {gone.retired_directory: Entry("live", holds=7)})
+
+    assert finish == FinishRetirement(gone, ())
+    assert restore == Restore(live, gone.retired_directory)
+
+
 def test_a_damaged_overwrite_is_set_aside_and_the_old_one_restored():
     old, new = overwriting()
     disk = {new.directory: Entry("new", holds=7, intact=False), new.staging_directory: Entry("old", holds=3)}
