@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +198,7 @@ class Sweep:
                 continue
             assert status == 0, f"rank {rank}: status {status}\n{ended.output}"
             if self._afterwards and told[0][0] != "refused":
-                assert told[-1][:2] == ["acknowledged", runs.AFTERWARDS], f"rank {rank}: {told}\n{ended.output}"
+                assert told[-1][0] == "acknowledged", f"rank {rank}: {told}\n{ended.output}"
         alive = [_without_times(runs.told(run, rank)) for rank in statuses if rank not in lost]
         assert lost or all(one == alive[0] for one in alive), f"the ranks were told different things: {alive}"
 
@@ -244,6 +247,42 @@ class RecoverySweep(Sweep):
             return self._left
 
 
+class ZombieSweep(Sweep):
+    """A manager that is stopped at a call, and goes on when another has taken the run over and saved."""
+
+    def _go(self, ground: Ground, folder: Path, orders: Orders, *, afterwards: bool) -> tuple[Ended, shim.Struck, Path]:
+        if orders.action is not Action.STOP:
+            return super()._go(ground, folder, orders, afterwards=afterwards)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(super()._go, ground, folder, orders, afterwards=afterwards)
+            place = folder / "orders"
+            while not first.done():
+                time.sleep(0.01)
+                if place.exists() and place.stat().st_size and shim.struck(place).times:
+                    pids = shim.pids(place).values()
+                    while not all(_is_stopped(pid) for pid in pids):
+                        time.sleep(0.005)
+                    series = self.words.partition(" ")[0]
+                    try:
+                        ended = ground.forks.run(runs.take_over, folder / "alpha", series, timeout_s=_MOST_S)
+                    finally:
+                        for pid in pids:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(pid, signal.SIGCONT)
+                    assert ended.status == 0, f"the heir: {ended.output}"
+                    break
+            return first.result()
+
+    def _survivors_heard(self, orders: Orders, struck: shim.Struck, ended: Ended, run: Path) -> None:
+        del orders, run
+        if struck.times and ended.status:
+            assert "ckptmgr.errors." in ended.output.splitlines()[-1], f"status {ended.status}\n{ended.output}"
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def _assert_gone(pid: int) -> None:
     """A process that was killed may take a moment to let go of what it holds."""
     deadline = time.monotonic() + 10
@@ -264,8 +303,11 @@ def _without_times(told: list[list[Any]]) -> list[list[Any]]:
 def _assert_not_synced_again(trace: Path, struck: shim.Struck) -> None:
     """The kernel may have dropped the pages; a second fsync would call them written."""
     if struck.times and ".incomplete/" in struck.path:
-        again = [call for call in shim.calls(trace) if call.kind is Kind.FSYNC and call.path == struck.path]
-        assert again == [], f"{struck.path} was synced again after its fsync had failed"
+        # A file that several ranks write is synced by each of them, once.
+        mine = [call for call in shim.calls(trace) if call.kind is Kind.FSYNC and call.role == struck.role]
+        assert struck.path not in {call.path for call in mine}, (
+            f"{struck.path} was synced again after its fsync had failed"
+        )
 
 
 # --- which faults ------------------------------------------------------------------------------
@@ -307,6 +349,13 @@ def _fail(code: int, *, sticky: bool) -> Callable[[int, Call], Orders | None]:
     return orders
 
 
+def _stop(n: int, call: Call) -> Orders | None:
+    # Within a transaction SQLite keeps the heir out, which takes its whole patience and shows nothing.
+    inside = ".journal.db" in call.path
+    late = call.phase not in (Phase.START, Phase.END)
+    return Orders(n, Action.STOP, target=shim.EVERYONE) if late and not inside else None
+
+
 def _write(action: Action) -> Callable[[int, Call], Orders | None]:
     return lambda n, call: Orders(n, action, target=shim.EVERYONE) if call.kind is Kind.WRITE else None
 
@@ -343,6 +392,8 @@ def sweeps() -> list[Sweep]:
     for words in ("dcp steady", "hf overwrite"):
         for code in (errno.ENOSPC, errno.EIO):
             found.append(Sweep(f"{errno.errorcode[code]} once", words, 2, _fail(code, sticky=False), afterwards=True))
+    for words in ("dcp first", "dcp steady", "dcp overwrite", "hf steady", "hf overwrite-aside"):
+        found.append(ZombieSweep("SIGSTOP past a takeover", words, 1, _stop, afterwards=False))
     for words, first in CRASHED:
         found.append(RecoverySweep("SIGKILL of all", words, first, _kill(shim.EVERYONE)))
         found.append(RecoverySweep("EIO once", words, first, _fail(errno.EIO, sticky=False)))

@@ -144,7 +144,7 @@ static enum action strike(enum kind kind, const char *path) {
         shared->struck_role = role;
         snprintf(shared->struck_path, LONGEST, "%s", path);
     }
-    if (shared->action == KILL) { hit(SIGKILL); return NOTHING; }
+    if (shared->action == KILL || (shared->action == TORN && kind != WRITE)) { hit(SIGKILL); return NOTHING; }
     if (shared->action == STOP) { hit(SIGSTOP); return NOTHING; }
     return shared->action;
 }

@@ -290,9 +290,9 @@ class Armed:
         return bool(self._shared.struck)
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the fault that has struck strikes at every call since then."""
-        return self.has_struck and bool(self._shared.sticky)
+    def is_over(self) -> bool:
+        """Whether what came before can be expected to be whole: no disk that still refuses everything, no heir."""
+        return not (self.has_struck and (self._shared.sticky or self._shared.action == Action.STOP))
 
     def calm(self) -> None:
         """No more faults: the space is freed, the disk repaired."""
