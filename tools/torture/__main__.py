@@ -3,7 +3,7 @@
 
     python tools/torture [--seed N] [--budget SECONDS] [--only WORDS] [--report FILE] [--again POINT]
 
-Every sweep gets its share of the budget; within a sweep the seed decides which points come first. A
+Every sweep gets its share of the time; within a sweep the seed decides which points come first. A
 report that was begun with the same seed and code is gone on with, so a second call tries other points.
 Exit status 1 if anything was violated, 2 if nothing could be tried.
 """
@@ -11,11 +11,13 @@ Exit status 1 if anything was violated, 2 if nothing could be tried.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,29 +95,49 @@ def _torture(ground: faults.Ground, report: Report, options: argparse.Namespace)
         possible[sweep.fault] = possible.get(sweep.fault, 0) + len(points)
         todo = [n for n in points if f"{sweep.name} | {n}" not in report.results]
         random.Random(f"{options.seed} {sweep.name}").shuffle(todo)
-        plans.append((sweep, whole[sweep.same], todo))
+        plans.append(_Plan(sweep, whole[sweep.same], todo))
     _say(f"{len(sweeps)} sweeps, {sum(possible.values())} points, {time.monotonic() - began:.0f} s to prepare")
+    choosing = threading.Lock()
 
-    def strike(job: tuple[Technique, Sequence[Any], int]) -> None:
-        sweep, prepared, n = job
-        if time.monotonic() - began > options.budget:
-            return
-        if len(report.results) % 500 == 499:
-            so_far = f"{len(report.results) + 1} points, {len(report.violations)} violations"
-            _say(f"{so_far}, {time.monotonic() - began:.0f} s")
-        started = time.monotonic()
-        outcome = sweep.strike(ground, ground.folder / f"{id(sweep)}-{n}", n, prepared)
-        name = f"{sweep.name} | {n}"
-        report.add(Result(name, sweep.fault, outcome.phase, outcome.violation, time.monotonic() - started))
-        if outcome.violation:
-            _say(f"VIOLATED: {name}")
+    def strike() -> None:
+        while time.monotonic() - began < options.budget:
+            with choosing:
+                left = [plan for plan in plans if plan.todo]
+                if not left:
+                    return
+                # Whoever had the least time: every sweep has had its share whenever the budget ends.
+                plan = min(left, key=lambda one: (one.spent_s, one.sweep.name))
+                n = plan.todo.pop(0)
+                plan.spent_s += plan.last_s
+                if len(report.results) % 500 == 499:
+                    so_far = f"{len(report.results) + 1} points, {len(report.violations)} violations"
+                    _say(f"{so_far}, {time.monotonic() - began:.0f} s")
+            started = time.monotonic()
+            outcome = plan.sweep.strike(ground, ground.folder / f"{id(plan)}-{n}", n, plan.prepared)
+            took = time.monotonic() - started
+            with choosing:
+                plan.spent_s += took - plan.last_s
+                plan.last_s = took
+            name = f"{plan.sweep.name} | {n}"
+            report.add(Result(name, plan.sweep.fault, outcome.phase, outcome.violation, took))
+            if outcome.violation:
+                _say(f"VIOLATED: {name}")
 
-    # Round after round, so that every sweep has had its share whenever the budget ends.
-    rounds = max((len(todo) for _, _, todo in plans), default=0)
-    share = [(sweep, prepared, todo[n]) for n in range(rounds) for sweep, prepared, todo in plans if n < len(todo)]
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(strike, share))
+        for done in [pool.submit(strike) for _ in range(options.workers)]:
+            done.result()
     return possible
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A sweep, its points that are left in the order of the seed, and the seconds it has had."""
+
+    sweep: Technique
+    prepared: Sequence[Any]
+    todo: list[int]
+    spent_s: float = 0.0
+    last_s: float = 0.0
 
 
 def _again(ground: faults.Ground, name: str) -> int:

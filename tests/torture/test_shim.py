@@ -1,0 +1,93 @@
+"""The shim sees every change that the kernel sees: the same calls on the same names as strace."""
+
+from __future__ import annotations
+
+import collections
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torture import shim
+from torture.shim import Kind, Orders
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+import crash_run
+from crash_run import Save
+from torture import shim
+run, orders = Path(sys.argv[1]), Path(sys.argv[2])
+shim.Armed(orders, 0)
+crash_run.train(run, (Save("dcp", 1), Save("dcp", 2), Save("hf", 1), Save("hf", 1, 1, True)))
+"""
+_KINDS = {
+    Kind.WRITE: ("write", "pwrite64", "writev", "pwritev"),
+    Kind.TRUNCATE: ("ftruncate", "truncate"),
+    Kind.ALLOCATE: ("fallocate",),
+    Kind.FSYNC: ("fsync", "fdatasync"),
+    Kind.RENAME: ("rename", "renameat", "renameat2"),
+    Kind.UNLINK: ("unlink",),
+    Kind.MKDIR: ("mkdir", "mkdirat"),
+    Kind.SYMLINK: ("symlink", "symlinkat"),
+}
+
+
+def plain(path: str, run: Path) -> str:
+    return path.removesuffix(" (deleted)").replace(str(run), "")
+
+
+def seen_by_strace(log: Path, run: Path) -> collections.Counter[tuple[Kind, str]]:
+    seen: collections.Counter[tuple[Kind, str]] = collections.Counter()
+    for line in log.read_text(errors="replace").splitlines():
+        match = re.match(r"(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)", line)
+        if match is None or int(match[3]) < 0:
+            continue
+        call, args, _ = match.groups()
+        descriptor = re.match(r"\d+<([^>]*)>", args)
+        names = [name for name in re.findall(r'"([^"]*)"', args) if name.startswith(str(run))]
+        folder = re.search(r"<([^>]*)>, \"([^/\"][^\"]*)\"", args)
+        removes = call in ("unlink", "unlinkat", "rmdir")
+        if removes:
+            path = names[0] if names else f"{folder[1]}/{folder[2]}" if folder else ""
+            kind = Kind.RMDIR if call == "rmdir" or "AT_REMOVEDIR" in args else Kind.UNLINK
+        else:
+            found = [kind for kind, calls in _KINDS.items() if call in calls]
+            if not found:
+                continue
+            (kind,) = found
+            by_descriptor = kind in (Kind.WRITE, Kind.TRUNCATE, Kind.ALLOCATE, Kind.FSYNC)
+            path = (descriptor[1] if descriptor else "") if by_descriptor else (names[0] if names else "")
+        if path.startswith(str(run)):
+            seen[kind, plain(path, run)] += 1
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian: strace)")
+def test_the_shim_counts_what_strace_counts(tmp_path: Path):
+    run, orders, trace, log = (tmp_path / "runs" / "alpha", *(tmp_path / name for name in ("orders", "trace", "log")))
+    run.parent.mkdir()
+    shim.give(orders, run, Orders(trace=str(trace)))
+    path = ":".join(str(ROOT / part) for part in ("", "tools", "tests/crash", "tests"))
+    subprocess.run(
+        [
+            *("strace", "-f", "-qq", "-y", "-s", "0", "-o", str(log)),
+            *("-e", "signal=none"),
+            *("-e", "trace=" + ",".join(call for calls in _KINDS.values() for call in calls) + ",unlinkat,rmdir"),
+            *("-E", f"LD_PRELOAD={shim.build()}", "-E", f"PYTHONPATH={path}"),
+            *(sys.executable, "-c", PROGRAM, str(run), str(orders)),
+        ],
+        check=True,
+        timeout=100,
+    )
+    mine = collections.Counter(
+        (call.kind, plain(call.path, run)) for call in shim.calls(trace) if call.kind is not Kind.CREATE
+    )
+
+    assert len(mine) > 100
+    assert mine == seen_by_strace(log, run)
