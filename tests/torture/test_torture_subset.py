@@ -25,6 +25,7 @@ SUBSET = {
     "short write | hf steady | 1": 1,
     "ENOSPC sticky | hf overwrite | 1": 1,
     "EIO once | dcp overwrite | 1": 2,
+    "EIO at close | hf overwrite | 1": 2,
     "EDQUOT once | hf overwrite | 1": 1,
     "ESTALE sticky | dcp steady | 1": 1,
     "EIO once | hf overwrite | 2": 1,

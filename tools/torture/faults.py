@@ -31,6 +31,8 @@ from torture.shim import Action, Call, Kind, Orders, Phase
 NOT_REACHED = "not reached"
 TRANSITIONS = (*(phase.name for phase in Phase), NOT_REACHED)
 _KILLED = -9
+#: An error of one of these on a file that is being saved ends the attempt: its bytes cannot be vouched for.
+_MUST_FAIL = (Kind.CREATE, Kind.WRITE, Kind.ALLOCATE, Kind.TRUNCATE, Kind.FSYNC, Kind.CLOSE, Kind.MKDIR)
 _MOST_S = 90
 
 
@@ -91,16 +93,26 @@ class Sweep:
         words: Series and scenario, such as ``dcp steady``, or ``create``.
         world: Ranks.
         orders: The order for a call, given its number and what it was when nothing struck; None to leave it out.
+        afterwards: Whether those who survive save once more.
+        kinds: Which calls are numbered.
     """
 
     def __init__(
-        self, fault: str, words: str, world: int, orders: Callable[[int, Call], Orders | None], *, afterwards: bool
+        self,
+        fault: str,
+        words: str,
+        world: int,
+        orders: Callable[[int, Call], Orders | None],
+        *,
+        afterwards: bool,
+        kinds: tuple[Kind, ...] = shim.CHANGES,
     ) -> None:
         self.fault = fault
         self.words = words
         self.world = world
         self._orders = orders
         self._afterwards = afterwards
+        self._kinds = kinds
         series, _, how = words.partition(" ")
         self._scenario = scenarios(series)[how] if how else None
 
@@ -112,15 +124,15 @@ class Sweep:
     @property
     def same(self) -> object:
         """Sweeps of which this is equal can share what `prepare` made."""
-        return (self.words, self.world)
+        return (self.words, self.world, self._kinds)
 
     def prepare(self, ground: Ground, folder: Path) -> list[Call]:
         """Let the run go by; all its calls."""
         trace = folder / "trace"
-        ended, _, run = self._go(ground, folder, Orders(trace=str(trace)), afterwards=False)
+        ended, _, run = self._go(ground, folder, Orders(trace=str(trace), kinds=self._kinds), afterwards=False)
         assert ended.status == 0, ended.output
         ground.forks.do(runs.judge, run, timeout_s=_MOST_S)
-        return list(shim.calls(trace))
+        return [call for call in shim.calls(trace) if call.kind in self._kinds]
 
     def points(self, prepared: Sequence[Call]) -> Iterator[int]:
         """The numbers of the calls at which this fault makes sense."""
@@ -199,6 +211,14 @@ class Sweep:
             assert status == 0, f"rank {rank}: status {status}\n{ended.output}"
             if self._afterwards and told[0][0] != "refused":
                 assert told[-1][0] == "acknowledged", f"rank {rank}: {told}\n{ended.output}"
+        if (
+            orders.action is Action.FAIL
+            and struck.kind in _MUST_FAIL
+            and struck.times
+            and ".incomplete/" in struck.path
+        ):
+            heard = {word for rank in statuses for word, *_ in runs.told(run, rank)}
+            assert heard & {"failed", "refused"} or not heard, f"a save went on after {struck}"
         alive = [_without_times(runs.told(run, rank)) for rank in statuses if rank not in lost]
         assert lost or all(one == alive[0] for one in alive), f"the ranks were told different things: {alive}"
 
@@ -358,6 +378,11 @@ def _stop(n: int, call: Call) -> Orders | None:
     return Orders(n, Action.STOP, target=shim.EVERYONE) if late and not inside else None
 
 
+def _fail_close(n: int, call: Call) -> Orders | None:
+    # SQLite does not care, and need not: what it has synced is synced.
+    return None if ".journal.db" in call.path else Orders(n, Action.FAIL, errno.EIO, kinds=(Kind.CLOSE,))
+
+
 def _write(action: Action) -> Callable[[int, Call], Orders | None]:
     return lambda n, call: Orders(n, action, target=shim.EVERYONE) if call.kind is Kind.WRITE else None
 
@@ -387,6 +412,7 @@ def sweeps() -> list[Sweep]:
     for words in SCENARIOS:
         found.append(Sweep("torn write, then SIGKILL", words, 1, _write(Action.TORN), afterwards=False))
         found.append(Sweep("short write", words, 1, _write(Action.SHORT), afterwards=True))
+        found.append(Sweep("EIO at close", words, 1, _fail_close, afterwards=True, kinds=(Kind.CLOSE,)))
         for code in _CODES if words in _EVERY_CODE else _CODES[:2]:
             for sticky in (False, True):
                 name = f"{errno.errorcode[code]} {'sticky' if sticky else 'once'}"

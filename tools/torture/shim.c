@@ -288,6 +288,7 @@ int close(int fd) {
         (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY) {
         enum action todo = strike(CLOSE, where);
         if (todo == FAIL) { syscall(SYS_close, fd); errno = shared->error; return -1; }
+        if (trace >= 0) { hold(); put_down(CLOSE, where, NULL, 0, 0, NULL, 0, 0); let_go(); }
     }
     return (int)syscall(SYS_close, fd);
 }
