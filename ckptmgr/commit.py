@@ -135,11 +135,12 @@ class Leader:
         self._rundir = rundir
         self._epoch = epoch
         self._who: dict[str, Any] = {"host": host, "pid": os.getpid()}
-        self._series = series
+        # Also those that earlier managers have saved; no other process adds one while this one holds the lock.
+        self._series = tuple(dict.fromkeys([*series, *journal.series()]))
         self._versions = versions
         self._hooks = hooks
         self._deleting = threading.Lock()
-        self._saved = {(record.series, record.step) for record in journal.checkpoints(live_only=True)}
+        self._remember()
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._do_chores, name=AFTER_COMMIT, daemon=True)
         self._thread.start()
@@ -227,6 +228,9 @@ class Leader:
             attempt.lifecycle.commit(commit_s=time.monotonic() - started, retire=keep.marks, decisions=keep.decisions)
             self._saved.add((record.series, record.step))
             self._saved.difference_update((gone.record.series, gone.record.step) for gone in keep.drop)
+            self._let_go.update((gone.record.id, record.series) for gone in keep.drop)
+            if record.overwrites is not None:
+                self._let_go[record.overwrites] = record.series
             # Crash here: COMMITTED with a stale meta.json and link; both are made anew at start.
         except Exception as error:
             log.exception("committing %s step %d failed", record.series, record.step)
@@ -290,8 +294,8 @@ class Leader:
     def _clear_name(self, record: CheckpointRecord) -> None:
         """Delete what is being retired under this very name now, instead of after the hooks of an earlier commit."""
         if record.overwrites is None and self._rundir.exists(record.directory):
-            for old in self._journal.checkpoints(series=record.series):
-                if old.directory == record.directory and old.retire_started_at is not None and old.retired_at is None:
+            for old in self._retiring(record.series):
+                if old.directory == record.directory:
                     self._retire_one(old)
 
     def _check_epoch(self, record: CheckpointRecord) -> None:
@@ -306,7 +310,7 @@ class Leader:
 
     def _settle_series(self, series: str) -> None:
         """Deal with a row that an earlier failure left in flight, as after a crash, so that the next save works."""
-        if any(record.is_in_flight for record in self._journal.checkpoints(series=series)):
+        if self._journal.in_flight(series) is not None:
             self._recover()
 
     def _finish(self, attempt: Attempt) -> bool:
@@ -319,9 +323,29 @@ class Leader:
             return False
 
     def _recover(self) -> None:
-        with self._deleting:
-            recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
-        self._saved = {(record.series, record.step) for record in self._journal.checkpoints(live_only=True)}
+        try:
+            with self._deleting:
+                recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
+        finally:
+            self._remember()
+
+    def _remember(self) -> None:
+        """
+        Take from the journal which steps are saved, and what it lets go that nobody has deleted yet: id → series.
+
+        Kept beside the journal because finding so few rows in it anew would take longer with every save.
+        """
+        standing = self._journal.standing()
+        self._saved = {(record.series, record.step) for record in standing if record.is_live}
+        self._let_go = {record.id: record.series for record in standing if record.retire_started_at is not None}
+
+    def _retiring(self, series: str) -> list[CheckpointRecord]:
+        """What *series* has let go and still has to delete, as the journal has it now."""
+        rows = [self._journal.checkpoint(id) for id, of in tuple(self._let_go.items()) if of == series]
+        for row in rows:
+            if row.retired_at is not None:
+                self._let_go.pop(row.id, None)
+        return [row for row in rows if row.retire_started_at is not None and row.retired_at is None]
 
     def _plan(self, record: CheckpointRecord, rule: KeepRule) -> retention.RetentionPlan:
         """What the keep rule says once *record* is committed."""
@@ -336,9 +360,7 @@ class Leader:
 
     def _retire(self, series: str) -> None:
         try:
-            for record in self._journal.checkpoints(series=series):
-                if record.retire_started_at is None or record.retired_at is not None:
-                    continue
+            for record in self._retiring(series):
                 self._retire_one(record)
         except (OSError, CheckpointError):
             log.exception("retiring checkpoints of %s stopped; it goes on after the next commit", series)

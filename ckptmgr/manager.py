@@ -456,11 +456,10 @@ class CheckpointManager:
         self._rundir.acquire("CheckpointManager", timeout_s=0.0)
         self._rundir.require_journal()
         self._journal = Journal.open(self._rundir.journal_path)
-        known = {record.series: record.format for record in self._journal.checkpoints()}
-        self._rundir.pair(self._journal.run_id, managed=bool(known))
+        self._rundir.pair(self._journal.run_id, managed=bool(self._journal.series()))
         for name, one in self._series.items():
-            if known.get(name, one.format.kind) is not one.format.kind:
-                raise InvalidArgument(f"series {name!r} holds {known[name]} checkpoints, not {one.format.kind}")
+            if (known := self._journal.format_of(name)) not in (None, one.format.kind):
+                raise InvalidArgument(f"series {name!r} holds {known} checkpoints, not {one.format.kind}")
         versions = _versions()
         self._epoch = self._journal.begin_epoch(
             host=self._ranks.host, pid=self._pid, command=Path(sys.argv[0] or "python").name, versions=versions
@@ -642,7 +641,7 @@ class CheckpointManager:
     ) -> Resumed | None:
         """Rank 0 only: which checkpoint to load, from the journal."""
         assert self._journal is not None
-        records = self._journal.checkpoints()
+        records = resumption.asked_of(self._journal, series, step)
         live = sorted(
             (r for r in records if r.series == series and r.is_live and step in (None, r.step)),
             key=lambda r: r.commit_seq or 0,
@@ -653,6 +652,7 @@ class CheckpointManager:
         found = self._rundir.listing(
             [series], deep_for=wanted if verify_digests else (), sizes_for=() if verify_digests else wanted
         )
+        records = recovery.with_traces(self._journal, records, found)
         report = resumption.check(
             records, found, series=series, step=step, world_size=self._ranks.world_size,
             per_rank_used=strict, live_epoch=True,

@@ -242,7 +242,7 @@ def plan(records: Sequence[CheckpointRecord], found: Sequence[Found]) -> tuple[A
     crashing, and carrying out the plan that is made then.
 
     Args:
-        records: All rows of the journal.
+        records: The rows of the journal: all, or at least those that are not gone and those with `traces`.
         found: All names in the directories of their series. Both places where a GATHERED row may
             stand (its final and its staging directory) must have been verified with digests.
 
@@ -252,6 +252,20 @@ def plan(records: Sequence[CheckpointRecord], found: Sequence[Found]) -> tuple[A
             row was not verified.
     """
     return _Planner(records, found).actions()
+
+
+def traces(found: Iterable[Found]) -> tuple[frozenset[int], frozenset[str]]:
+    """
+    What tells which attempts have left something: the numbers in manifests, and the staging directories of names.
+
+    A row that is gone, FAILED or retired and deleted, matters to `plan` only if it has one of these.
+    """
+    numbers, names = set(), set()
+    for item in found:
+        if item.holds is not None:
+            numbers.add(item.holds)
+        names.add(item.path.removesuffix(".retired").removesuffix(".incomplete") + ".incomplete")
+    return frozenset(numbers), frozenset(names)
 
 
 class _Planner:
@@ -567,7 +581,7 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     return RecoveryReport(actions, applied=True, set_aside=hands.set_aside)
 
 
-def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str] = ()) -> None:
+def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str]) -> None:
     """
     Bring ``meta.json`` and the ``latest`` links up to the journal, whose projections they are. Durable on return.
 
@@ -576,17 +590,17 @@ def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str] = (
     Args:
         journal: What counts.
         rundir: What is brought up to it.
-        series: Series that get a list in ``meta.json`` even while they are empty.
+        series: All series: those of the journal, and any that get a list in ``meta.json`` while they are empty.
     """
     live = journal.checkpoints(live_only=True)
-    rundir.write_meta(journal.run_id, live, [*series, *journal.series()])
+    rundir.write_meta(journal.run_id, live, series)
     for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
         exports = [record for record in live if record.series == name]
         rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
 
 
 def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:
-    records = journal.checkpoints()
+    records = journal.standing()
     gathered = [record for record in records if record.state is S.GATHERED]
     # A size is no proof: after a power cut a file may have its full size and hold only zeros.
     deep_for = [path for record in gathered for path in (record.directory, record.staging_directory)]
@@ -595,7 +609,20 @@ def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:
         # A disk that cannot be read right now says nothing about what is on it: do not give up a copy for that.
         if item.path in deep_for and (errors := [m for m in item.mismatches or () if m.startswith("unreadable:")]):
             raise OSError(errno.EIO, errors[0], item.path)
-    return plan(records, found)
+    return plan(with_traces(journal, records, found), found)
+
+
+def with_traces(
+    journal: Journal, records: Iterable[CheckpointRecord], found: Iterable[Found]
+) -> list[CheckpointRecord]:
+    """
+    Add to *records* those that are gone and have left a trace in what was *found*; in order of their numbers.
+
+    A run has few checkpoints and a long history, of which nothing else is read.
+    """
+    by_id = {record.id: record for record in journal.gone(*traces(found))}
+    by_id |= {record.id: record for record in records}
+    return [by_id[id] for id in sorted(by_id)]
 
 
 class _Hands:

@@ -19,6 +19,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
+    from ckptmgr.journal import Journal
     from ckptmgr.recovery import Found
 
 #: Every finding there is: id → what it means. Ids are never reused for something else.
@@ -159,6 +160,17 @@ class ResumeReport:
         }
 
 
+def asked_of(journal: Journal, series: str, step: int | None = None) -> list[CheckpointRecord]:
+    """
+    The attempts that `check` judges, in order of their numbers, without reading the whole history of *series*.
+
+    Those that are gone and have left something on disk are missing yet: `recovery.with_traces` adds them.
+    """
+    also = journal.failed_since_commit(series) if step is None else journal.of_step(series, step)
+    by_id = {record.id: record for record in (*journal.standing(series), *also)}
+    return [by_id[id] for id in sorted(by_id)]
+
+
 def check(
     records: Sequence[CheckpointRecord],
     found: Sequence[Found],
@@ -173,7 +185,7 @@ def check(
     Judge every committed checkpoint of *series*. Pure and deterministic.
 
     Args:
-        records: Rows of the journal; those of other series are ignored.
+        records: Rows of the journal, all or those of `asked_of` with traces; other series are ignored.
         found: What stands in the series' directory. Names whose files were not verified
             (``mismatches`` is None) are judged by directory and manifest alone.
         series: Which series.

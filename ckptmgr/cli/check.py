@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ckptmgr import resume
+from ckptmgr import recovery, resume
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, size
@@ -133,15 +133,15 @@ def judge(
     """
     verified: dict[int, tuple[str, ...]] = {}
     for _ in range(_LOOKS):
-        records = journal.checkpoints(series=series)
+        records = resume.asked_of(journal, series, step)
         live = [record for record in records if record.is_live and step in (None, record.step)]
         found = rundir.listing([series], sizes_for={record.directory for record in live})
         if deep_for is not None:
             found = verify_digests(journal, rundir, live, found, verified=verified, out=deep_for)
         # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
-        if journal.checkpoints(series=series) == records:
+        if resume.asked_of(journal, series, step) == records:
             return resume.check(
-                records,
+                recovery.with_traces(journal, records, found),
                 found,
                 series=series,
                 step=step,

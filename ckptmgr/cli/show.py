@@ -44,11 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         history = journal.transitions(record.id)
         verifications = journal.verifications(record.id)
         decisions = journal.decisions()
-        others = [
-            other
-            for other in journal.checkpoints(series=record.series)
-            if other.step == record.step and other.id != record.id
-        ]
+        others = [other for other in journal.of_step(record.series, record.step) if other.id != record.id]
         about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document(
@@ -109,7 +105,7 @@ def find(journal: Journal, series: str, step: int) -> CheckpointRecord:
     try:
         return journal.find(series, step)
     except CheckpointNotFound as error:
-        elsewhere = sorted({record.series for record in journal.checkpoints() if record.step == step})
+        elsewhere = sorted(name for name in journal.series() if journal.of_step(name, step))
         hint = f"step {step} is in --series {' and '.join(elsewhere)}" if elsewhere else error.hint
         raise CheckpointNotFound(
             f"series {series!r} has no checkpoint of step {step}", hint=hint, series=series, step=step

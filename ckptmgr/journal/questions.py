@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, and_, func, select, text
+from sqlalchemy import Connection, Row, Select, and_, func, or_, select, text
 
 from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
 from ckptmgr.journal import database, schema
@@ -31,9 +31,18 @@ _FORMATS = {layout.value: layout for layout in Format}
 newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
 live = text(schema.LIVE)
 in_flight = text(schema.IN_FLIGHT)
+#: FAILED, or retired and deleted: nothing can happen to such an attempt any more.
+gone = text("(state = 'FAILED' OR retired_at IS NOT NULL)")
+standing = text("state <> 'FAILED' AND retired_at IS NULL")
 attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
     pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
 )
+
+
+#: The plus keeps SQLite from walking all rows in this order, where a partial index holds the few that are asked for.
+_few_by_id = text("+checkpoint.id")
+#: Values in one query; SQLite takes a few hundred in all its versions.
+_AT_ONCE = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +113,50 @@ class Questions:
 
     def checkpoints(self, *, series: str | None = None, live_only: bool = False) -> list[CheckpointRecord]:
         """Every attempt in the order in which they began; *live_only*: those one may resume from."""
-        query = attempts.order_by(checkpoint.c.id)
+        query = attempts.order_by(_few_by_id if live_only else checkpoint.c.id)
         if series is not None:
             query = query.where(checkpoint.c.series == series)
         if live_only:
             query = query.where(live)
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [self._record(row) for row in rows]
+        return self._records(query)
+
+    def in_flight(self, series: str) -> CheckpointRecord | None:
+        """The attempt of *series* that is in flight; there is at most one."""
+        found = self._records(attempts.where(checkpoint.c.series == series, in_flight))
+        return found[0] if found else None
+
+    def standing(self, series: str | None = None) -> list[CheckpointRecord]:
+        """Every attempt that is not gone: in flight, live, or retiring and not deleted yet."""
+        query = attempts.where(standing).order_by(checkpoint.c.id)
+        return self._records(query if series is None else query.where(checkpoint.c.series == series))
+
+    def failed_since_commit(self, series: str) -> list[CheckpointRecord]:
+        """The attempts that began after the newest live checkpoint of *series* and FAILED."""
+        other = checkpoint.alias()
+        last = (
+            select(other.c.id).where(other.c.series == series, live).order_by(other.c.commit_seq.desc()).limit(1)
+        ).scalar_subquery()
+        query = attempts.where(
+            checkpoint.c.series == series,
+            checkpoint.c.state == CheckpointState.FAILED.value,
+            checkpoint.c.id > func.coalesce(last, 0),
+        )
+        return self._records(query.order_by(checkpoint.c.id))
+
+    def of_step(self, series: str, step: int) -> list[CheckpointRecord]:
+        """Every attempt to save *step*."""
+        query = attempts.where(checkpoint.c.series == series, checkpoint.c.step == step)
+        return self._records(query.order_by(checkpoint.c.id))
+
+    def gone(self, numbers: Iterable[int], staging_directories: Iterable[str]) -> list[CheckpointRecord]:
+        """Attempts with one of these *numbers* or *staging_directories* that FAILED or are retired and deleted."""
+        ids, names = sorted(set(numbers)), sorted(set(staging_directories))
+        found: dict[int, CheckpointRecord] = {}
+        for start in range(0, max(len(ids), len(names)), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            asked = or_(checkpoint.c.id.in_(ids[part]), checkpoint.c.staging_directory.in_(names[part]))
+            found |= {record.id: record for record in self._records(attempts.where(asked, gone))}
+        return [found[id] for id in sorted(found)]
 
     def checkpoint(self, checkpoint_id: int) -> CheckpointRecord:
         """
@@ -186,6 +231,13 @@ class Questions:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
+    def format_of(self, series: str) -> Format | None:
+        """The format of a series, None before its first save."""
+        query = select(checkpoint.c.format).where(checkpoint.c.series == series).limit(1)
+        with self._database.reading() as connection:
+            word = connection.execute(query).scalar_one_or_none()
+        return None if word is None else self._word(_FORMATS, word)
+
     def decisions(self) -> dict[int, tuple[str, tuple[str, ...]]]:
         """The last word of retention on each checkpoint it looked at: ("keep" or "drop", reasons)."""
         table = retirement_decision.c
@@ -211,6 +263,11 @@ class Questions:
             )
             for row in rows
         ]
+
+    def _records(self, query: Select[Any]) -> list[CheckpointRecord]:
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [self._record(row) for row in rows]
 
     def _row(self, connection: Connection, checkpoint_id: int) -> Row[Any]:
         row = connection.execute(attempts.where(checkpoint.c.id == checkpoint_id)).first()

@@ -519,6 +519,85 @@ def test_lists_are_filtered_and_ordered(steps):
     assert steps.journal.series() == ["snapshot", "checkpoint"]
 
 
+def a_long_life(steps: Steps) -> Journal:
+    """Attempts in every state, in two series, some of them more than once for a step."""
+    journal = steps.journal
+    for series in ("checkpoint", "hf"):
+        for step in range(4):
+            steps.to(S.FAILED, step, series)
+            old = steps.commit(step, series)
+            steps.to(S.FAILED, step, series, overwrite=True)
+            if step < 2:
+                journal.mark_retiring([RetirementMark(old.id, "no rule keeps it")], epoch=steps.epoch)
+            if step < 1:
+                journal.finish_retirement(old.id, epoch=steps.epoch)
+        steps.to(S.FAILED, 9, series)
+    steps.commit(3, overwrite=True)
+    steps.to(S.FAILED, 4)
+    steps.to(S.GATHERED, 5)
+    return journal
+
+
+def test_what_is_standing_and_what_is_gone_make_up_everything(steps):
+    journal = a_long_life(steps)
+    everything = journal.checkpoints()
+    gone = [row for row in everything if row.state is S.FAILED or row.retired_at is not None]
+    standing = [row for row in everything if row not in gone]
+    each = range(1, len(everything) + 1)
+
+    assert {row.state for row in standing} == {S.GATHERED, S.COMMITTED}
+    assert {row.is_live for row in standing} == {True, False}
+    assert journal.standing() == standing
+    assert journal.standing("hf") == [row for row in standing if row.series == "hf"]
+    assert journal.gone(each, ()) == gone
+    assert journal.gone((), [row.staging_directory for row in everything]) == gone
+    assert journal.gone([gone[1].id, standing[0].id, 999], [gone[0].staging_directory, "checkpoint/step-1"]) == gone[:2]
+    assert journal.gone((), ()) == []
+    assert journal.gone([*range(1000, 3000), gone[0].id], map(str, range(900))) == gone[:1], "more than one query takes"
+
+
+def test_what_is_in_flight_in_a_series(steps):
+    journal = a_long_life(steps)
+
+    assert journal.in_flight("checkpoint") == journal.checkpoints()[-1]
+    assert journal.in_flight("hf") is None
+
+
+def test_what_failed_since_the_newest_commit(steps):
+    journal = a_long_life(steps)
+
+    assert [row.step for row in journal.failed_since_commit("checkpoint")] == [4]
+    assert [row.step for row in journal.failed_since_commit("hf")] == [3, 9]
+    steps.to(S.FAILED, 1, "never committed")
+    assert [row.step for row in journal.failed_since_commit("never committed")] == [1]
+
+
+def test_the_newest_commit_is_the_last_in_commit_order(steps):
+    slow = steps.begin(1, "slow")
+    steps.commit(2)
+    for source, dest in itertools.pairwise(WALK):
+        slow = steps.move(slow, source, dest)
+    steps.to(S.FAILED, 3, "slow")
+    assert [row.step for row in steps.journal.failed_since_commit("slow")] == [3]
+
+
+def test_every_attempt_of_a_step(steps):
+    journal = a_long_life(steps)
+    for series, step in itertools.product(("checkpoint", "hf", "nobody"), range(10)):
+        rows = [row for row in journal.checkpoints(series=series) if row.step == step]
+
+        assert journal.of_step(series, step) == rows
+
+
+def test_the_format_of_a_series_is_known_from_its_first_save_on(steps):
+    assert steps.journal.format_of("hf") is None
+    steps.begin(1, "hf", format=Format.HUGGINGFACE)
+    steps.commit(1)
+
+    assert steps.journal.format_of("hf") is Format.HUGGINGFACE
+    assert steps.journal.format_of("checkpoint") is Format.DCP
+
+
 def test_the_history_can_be_followed(steps):
     steps.commit(1)
     seen = steps.journal.transitions()

@@ -25,6 +25,7 @@ from ckptmgr.recovery import (
     RollBack,
     RollForward,
     plan,
+    traces,
 )
 
 S = CheckpointState
@@ -222,6 +223,25 @@ def test_crashing_after_any_step_and_recovering_again_ends_the_same(this):
             except AssertionError as error:
                 error.add_note(f"case: {case}, crashed after {crash_after} of {steps} steps")
                 raise
+
+
+def test_rows_that_are_gone_and_have_left_no_trace_change_no_plan():
+    """So that a start need not read the whole history of a long run."""
+    left_out = 0
+    for case in everything():
+        world = world_of(*case)
+        names = [found(path, entry) for path, entry in world.disk.items()]
+        numbers, staging = traces(names)
+        needed = [
+            row
+            for row in world.rows.values()
+            if row.is_live or row.is_in_flight or (row.state is S.COMMITTED and row.retired_at is None)
+            or row.id in numbers or row.staging_directory in staging
+        ]  # fmt: skip
+        left_out += len(world.rows) - len(needed)
+
+        assert plan(needed, names) == world.plan(), case
+    assert left_out > 1000
 
 
 def test_the_plan_does_not_depend_on_the_order_of_its_input():

@@ -1,0 +1,156 @@
+"""What a save costs does not depend on how many there were before it, and a start and a resume read no history."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from long_history import add_past, counted
+
+from ckptmgr import DCP, CheckpointManager, HuggingFace, KeepLast, SaveFailed, Series, Timeouts, WriterOptions, durable
+from ckptmgr.cli import main
+from ckptmgr.journal import Journal, questions
+from ckptmgr.lifecycle import CheckpointRecord, Format
+from ckptmgr.recovery import plan, preview, with_traces
+from ckptmgr.resume import asked_of, check
+from ckptmgr.rundir import RunDirectory
+
+PASTS = (10, 120)
+
+
+def opened(run: Path) -> CheckpointManager:
+    return CheckpointManager(
+        run,
+        series=[Series("checkpoint", DCP(), keep=KeepLast(2)), Series("hf", HuggingFace(), keep=KeepLast(1))],
+        timeouts=Timeouts(setup_s=30, write_s=20, gather_s=5, close_s=20, close_on_error_s=5),
+        writers=WriterOptions(nice=0),
+    )
+
+
+def save(manager: CheckpointManager, step: int, series: str = "checkpoint", **options: Any) -> None:
+    pending = manager.save(step, {"model": torch.nn.Linear(2, 2)}, series, **options)
+    assert pending is not None
+    pending.wait()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Two runs that differ only in the length of their past."""
+    made = {}
+    for past in PASTS:
+        run = made[past] = tmp_path_factory.mktemp(f"past-{past}") / "run"
+        opened(run).close()
+        for series, layout in (("checkpoint", Format.DCP), ("hf", Format.HUGGINGFACE)):
+            add_past(RunDirectory(run).journal_path, past, series, layout)
+        with opened(run) as manager:
+            for step in range(1000, 1004):
+                save(manager, step)
+                save(manager, step, "hf")
+    return made
+
+
+@pytest.fixture
+def run_of(runs: dict[int, Path], tmp_path: Path) -> dict[int, Path]:
+    """Copies of the two for one test."""
+    copies = {past: shutil.copytree(run.parent, tmp_path / str(past), symlinks=True) for past, run in runs.items()}
+    return {past: copy / "run" for past, copy in copies.items()}
+
+
+def test_a_save_reads_no_more_of_a_journal_with_a_longer_past(run_of: dict[int, Path]) -> None:
+    """Overwriting, letting others go, and a save after one that failed included."""
+    costs = []
+    with pytest.MonkeyPatch.context() as patch, counted() as steps:
+        for run in run_of.values():
+            with opened(run) as manager:
+                steps()
+                cost = []
+                for step, series in itertools.product((2000, 2001), ("checkpoint", "hf")):
+                    save(manager, step, series)
+                    cost.append(steps())
+                save(manager, 2001, overwrite=True)
+                cost.append(steps())
+                patch.setattr(durable, "make_directory", _full)
+                with pytest.raises(SaveFailed):
+                    save(manager, 2002, "hf")
+                patch.undo()
+                steps()
+                save(manager, 2003, "hf")
+                cost.append(steps())
+            costs.append(cost)
+
+    assert costs[0] == costs[1]
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_nothing_is_made_of_rows_that_are_gone(run_of: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite looks at every row at a start and a resume, which takes no time; making records of them would."""
+    made: list[CheckpointRecord] = []
+    real = questions.Questions._record
+
+    def record(self: questions.Questions, row: Any) -> CheckpointRecord:
+        made.append(real(self, row))
+        return made[-1]
+
+    monkeypatch.setattr(questions.Questions, "_record", record)
+    counts = []
+    for run in run_of.values():
+        count = []
+        for doing in (
+            lambda run=run: opened(run).close(),
+            lambda run=run: resumed(run),
+            lambda run=run: main(["latest", str(run)]),
+            lambda run=run: main(["check", str(run)]),
+            lambda run=run: main(["check", str(run), "--step", "1003"]),
+            lambda run=run: main(["recover", str(run)]),
+            lambda run=run: main(["show", str(run), "1003"]),
+        ):
+            made.clear()
+            doing()
+            count.append(len(made))
+        counts.append(count)
+
+    assert counts[0] == counts[1]
+    assert all(0 < count < 20 for count in counts[0])
+
+
+def resumed(run: Path) -> None:
+    with opened(run) as manager:
+        assert manager.resume({"model": torch.nn.Linear(2, 2)}) is not None
+
+
+def test_what_is_left_out_changes_neither_recovery_nor_what_is_found(run_of: dict[int, Path]) -> None:
+    """The disk has traces of everything: of attempts that failed, that are retired, and of none of the journal's."""
+    run = run_of[PASTS[0]]
+    rundir = RunDirectory(run)
+    add_past(rundir.journal_path, 4, "checkpoint", Format.DCP)  # so that something failed since the newest commit
+    with Journal.open(rundir.journal_path) as journal:
+        rows = journal.checkpoints()
+        failed = next(row for row in rows if row.reason is not None)
+        gone = [row for row in rows if row.retired_at is not None or row.reason is not None]
+        live = [row for row in rows if row.is_live and row.series == "checkpoint"]
+        places = [place for row in gone[::3] for place in (row.directory, row.staging_directory, row.retired_directory)]
+        for number, place in enumerate(place for place in places if not (run / place).exists()):
+            if number % 2:
+                shutil.copytree(run / live[0].directory, run / place)
+            else:
+                (run / place).mkdir()
+        shutil.copytree(run / live[0].directory, run / "checkpoint" / ".step-1.e77.a4711.incomplete")
+        found = rundir.listing(journal.series())
+
+        assert preview(journal, rundir).actions == plan(rows, found)
+        assert len(preview(journal, rundir).actions) > 10
+        for step in (None, live[0].step, failed.step, 4711):
+            needed = with_traces(journal, asked_of(journal, "checkpoint", step), found)
+            few, all_ = (check(those, found, series="checkpoint", step=step) for those in (needed, rows))
+
+            assert few == all_
+            assert few.all_findings
+            assert len(needed) < len(rows)
+        assert {finding.id for finding in check(rows, found, series="checkpoint").findings} >= {"R007", "R008"}
