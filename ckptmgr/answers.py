@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -75,7 +76,8 @@ class PendingSave:
             )
         if self._job.failure is not None:
             self._job.failure_seen = True
-            raise self._job.failure
+            # A copy: a traceback in the job would keep alive whatever the caller's frames hold.
+            raise copy.copy(self._job.failure)
         if threading.current_thread().name != AFTER_COMMIT:  # a hook would wait for itself
             self._job.finished.wait(max(0.0, deadline - time.monotonic()))
 

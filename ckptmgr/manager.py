@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import hashlib
 import logging
 import math
@@ -603,15 +604,12 @@ class CheckpointManager:
             failures.append(job.failure)
         if not failures:
             return
-        first: SaveFailed = failures[0]
-        for other in failures[1:]:
-            first.add_note(f"and: {other}")
         if self._on_failure == "raise":
-            raise first
+            raise _as_one(failures)
         if self._on_failure == "terminate":
-            log.critical("%s; terminating this process, as on_failure says", first)
+            log.critical("%s; terminating this process, as on_failure says", failures[0])
             signal.raise_signal(signal.SIGTERM)
-        warnings.warn(str(first), RuntimeWarning, stacklevel=3)
+        warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
 
     def _rank_0_word(self, series: str, step: int, previous: Job | None, busy: WhenBusy, *, overwrite: bool) -> int:
         """What rank 0 says to this save; the other ranks' word does not count."""
@@ -666,6 +664,14 @@ class CheckpointManager:
             log.warning("resuming from the older %s step %d: the newest is not safe", series, record.step)
         path = self._rundir.absolute(record.directory)
         return Resumed(series, record.step, path, record.world_size, dict(record.metrics), record.id)
+
+
+def _as_one(failures: Sequence[SaveFailed]) -> SaveFailed:
+    """The first of *failures* with a note of each other one; a new one, so that its traceback is the caller's alone."""
+    first = copy.copy(failures[0])
+    for other in failures[1:]:
+        first.add_note(f"and: {other}")
+    return first
 
 
 def _instance(name: str, value: Any, kind: Any) -> Any:

@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,9 @@ class HuggingFaceWriter:
         self._modules: list[torch.nn.Module] = []
         self._configs: list[Any] = []
         self._own: list[Any] = []
-        self._views: dict[int, tuple[list[Any], dict[str, list[View]]]] = {}
+        #: By model; gone with it, where each export is of a fresh copy.
+        self._views: weakref.WeakKeyDictionary[torch.nn.Module, tuple[list[Any], dict[str, list[View]]]]
+        self._views = weakref.WeakKeyDictionary()
 
     def take(self, state: State, rank: int) -> Taken:
         """
@@ -260,9 +263,9 @@ class HuggingFaceWriter:
 
     def _hub_views(self, module: torch.nn.Module) -> dict[str, list[View]]:
         shapes = [(name, tuple(tensor.shape)) for name, tensor in module.named_parameters()]
-        known = self._views.get(id(module))
+        known = self._views.get(module)
         if known is None or known[0] != shapes:
-            known = self._views[id(module)] = (shapes, hub_views(module))
+            known = self._views[module] = (shapes, hub_views(module))
         return known[1]
 
     def local_plan(self, taken: Taken) -> tuple[list[str], list[Piece]]:
@@ -357,13 +360,13 @@ class HuggingFaceWriter:
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """An export has no values besides tensors; rank 0 copies the configs that belong to them."""
-        self._modules = taken.modules
+        self._modules = []  # planned with; a model that the caller lets go must not live on here
         if rank == 0:
             dtype = self._options.dtype
             sources = [source for source in self._options.sources() if isinstance(source, torch.nn.Module)]
             self._configs = [config for source in sources for config in own_config(source, dtype)]
             # The parts of a composed model have configs of their own, but none is the whole's.
-            self._own = own_config(self._modules[0], dtype) if len(self._modules) == 1 else []
+            self._own = own_config(taken.modules[0], dtype) if len(taken.modules) == 1 else []
         return [], None
 
     def prewrite(self, scratch: Path) -> Iterator[tuple[str, bytes]]:

@@ -25,6 +25,8 @@ State = Mapping[str, Any]
 
 #: Longer integers get a pickle opcode that is not read back with weights_only.
 _LONG_BITS = 2000
+#: Characters of a text whose bytes are remembered, as those of numbers are; a longer one is as quickly dumped anew.
+_SHORT = 200
 _PLAIN = (bool, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
 #: What may be called to rebuild a value: b"" in pickle protocol 2, and what NumPy arrays and scalars are
 #: made with. None of it runs code of the pickle's choosing.
@@ -126,7 +128,8 @@ def dump(value: Any, what: str) -> bytes:
     Raises:
         InvalidArgument: It holds something that could only be read back by running code.
     """
-    if type(value) in (bool, int, float, str, type(None)) and _is_plain(value):
+    short = len(value) <= _SHORT if type(value) is str else type(value) in (bool, int, float, type(None))
+    if short and _is_plain(value):
         return _dump_scalar(type(value).__name__, repr(value), value)
     try:
         data = _serialise(value)
@@ -140,7 +143,7 @@ def dump(value: Any, what: str) -> bytes:
     return data
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _dump_scalar(kind: str, text: str, value: Any) -> bytes:
     """Optimizers and schedulers have hundreds of numbers that hardly change; kind and text keep 1, 1.0, True apart."""
     del kind, text
