@@ -25,14 +25,18 @@ _AT_FDCWD = -100
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, *, mode: int = 0o777) -> None:
     """
     Create *path*, which must not exist. Durable on return: the entry in its parent is synced.
+
+    Args:
+        path: The directory.
+        mode: Its permissions, less the umask.
 
     Raises:
         FileExistsError: Something of that name exists, a link included.
     """
-    path.mkdir()
+    path.mkdir(mode)
     sync_directory(path.parent)
 
 
@@ -114,14 +118,17 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data = data[written:]
 
 
-def set_size(descriptor: int, size: int) -> None:
+def set_size(descriptor: int, size: int) -> bool:
     """
     Give a new file its final size in bytes, with the space behind it where the file system can.
 
     A full disk is met here, before the first byte, instead of in the middle of the write.
+
+    Returns:
+        Whether the space is there; False where the file system can set a size only.
     """
     if not size:
-        return
+        return True
     libc = ctypes.CDLL(None, use_errno=True)
     # Not os.posix_fallocate: where the file system lacks it, glibc writes a byte into every block.
     if libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) != 0:
@@ -129,6 +136,8 @@ def set_size(descriptor: int, size: int) -> None:
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code))
         os.ftruncate(descriptor, size)
+        return False
+    return True
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -149,7 +158,7 @@ def replace_file(path: Path, data: bytes, *, scratch: str) -> None:
     temporary = path.with_name(scratch)
     temporary.unlink(missing_ok=True)
     write_new(temporary, data)
-    temporary.replace(path)
+    rename_over(temporary, path)
     sync_directory(path.parent)
 
 
@@ -168,7 +177,7 @@ def replace_link(path: Path, target: str, *, scratch: str) -> None:
     temporary = path.with_name(scratch)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
-    temporary.replace(path)
+    rename_over(temporary, path)
     sync_directory(path.parent)
 
 
@@ -178,19 +187,28 @@ def remove_link(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def rename_new(source: Path, target: Path) -> None:
+def rename_over(source: Path, target: Path) -> None:
+    """Rename over the file or link *target*, if there is one, in one step. The caller syncs the parent directory."""
+    source.replace(target)
+
+
+def rename_new(source: Path, target: Path) -> bool:
     """
     Rename, never over something that exists. The caller syncs the parent directory.
+
+    Returns:
+        Whether it was one atomic step; False where the file system cannot, and *target* was looked at first.
 
     Raises:
         FileExistsError: *target* exists.
         FileNotFoundError: *source* does not.
     """
     if _renameat2(source, target, _RENAME_NOREPLACE):
-        return
+        return True
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "the final name is taken", str(target))
     source.rename(target)
+    return False
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
 from ckptmgr.errors import InvalidArgument
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class _FromEnvironment:
@@ -38,6 +41,22 @@ class _FromEnvironment:
 def variable(field_name: str) -> str:
     """The environment variable that sets an option."""
     return f"CKPTMGR_{field_name.upper()}"
+
+
+def parse_size(size: int | str) -> int:
+    """
+    Bytes, from a number or from text like ``"5GB"`` or ``"512MiB"``.
+
+    Raises:
+        InvalidArgument: Neither, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    if isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
+        raise InvalidArgument(f"{size!r} is not a size; give bytes or text like '5GB'")
+    count = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= count < 1 << 63:
+        raise InvalidArgument(f"{size!r} is not a size from 1 byte to 8 EiB")
+    return int(count)
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -16,7 +16,6 @@ import json
 import math
 import operator
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import Format
+from ckptmgr.options import parse_size
 from ckptmgr.writers.arena import Copy, Layout, aligned, runs_of_slice
 from ckptmgr.writers.assets import asset_files, own_config
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
@@ -54,7 +54,6 @@ _DTYPES = {
 _PACKED = {torch.float4_e2m1fn_x2: 2}
 #: What `dtype` casts. Integers, booleans and quantised 8-bit floats mean what they are.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,22 +396,6 @@ class HuggingFaceWriter:
         """Rank 0 only: nothing is left to write; headers and index stood before."""
         del reports
         return iter(())
-
-
-def parse_size(size: int | str) -> int:
-    """
-    Bytes, from a number or from text like ``"5GB"`` or ``"512MiB"``.
-
-    Raises:
-        InvalidArgument: Neither, or not above 0.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
-    if isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
-        raise InvalidArgument(f"{size!r} is not a size; give bytes or text like '5GB'")
-    count = int(float(match[1]) * _UNITS[match[2].upper()])
-    if count <= 0:
-        raise InvalidArgument(f"{size!r} is not a size above 0")
-    return count
 
 
 # -- what a rank holds ------------------------------------------------------------------------------

@@ -26,6 +26,15 @@ def test_a_directory_is_made_once_and_never_over_a_link(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_directory_is_made_with_the_permissions_it_is_to_have(tmp_path: Path) -> None:
+    durable.make_directory(tmp_path / "private", mode=0o700)
+    durable.make_directory(tmp_path / "other")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_missing_parents_are_made_and_existing_ones_left(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").touch()
@@ -48,7 +57,7 @@ def test_a_new_file_never_replaces_one_and_is_written_whole(tmp_path: Path) -> N
 
 def test_shared_files_are_written_at_offsets_and_links_refused(tmp_path: Path) -> None:
     with durable.new_file(tmp_path / "f") as descriptor:
-        durable.set_size(descriptor, 10)
+        assert durable.set_size(descriptor, 10)
         durable.write_at(descriptor, memoryview(b"ab"), 0)
     with durable.shared_file(tmp_path / "f") as descriptor:
         durable.write_at(descriptor, memoryview(b"yz"), 8)
@@ -81,6 +90,27 @@ def test_a_full_disk_is_met_when_the_size_is_set_and_not_later(tmp_path: Path) -
     assert caught.value.errno == errno.EFBIG
     assert (tmp_path / "f").stat().st_size == 1000
     assert (tmp_path / "f").stat().st_blocks * 512 >= 1000, "the space is there, not only the size"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace to take fallocate away")
+def test_where_space_cannot_be_reserved_the_size_is_set_and_that_is_said(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from ckptmgr import durable
+        with durable.new_file(Path(sys.argv[1])) as descriptor:
+            assert not durable.set_size(descriptor, 5000)
+    """
+    command = [
+        *("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fallocate"),
+        *("-e", "inject=fallocate:error=EOPNOTSUPP"),
+        *(sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "f")),
+    ]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "INJECTED" in (tmp_path / "trace").read_text(), "strace did not take the call away"
+    assert (tmp_path / "f").stat().st_size == 5000
 
 
 def test_replacing_a_file_is_atomic_and_clears_what_a_crash_left(tmp_path: Path) -> None:
@@ -138,7 +168,7 @@ def _occupants(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _check_never_over(folder: Path) -> None:
+def _check_never_over(folder: Path) -> bool:
     for target in _occupants(folder / "there"):
         source = folder / f"source-{target.name}"
         source.mkdir()
@@ -147,14 +177,26 @@ def _check_never_over(folder: Path) -> None:
             durable.rename_new(source, target)
         assert source.is_dir()
         assert target.lstat().st_ino == before
-    durable.rename_new(folder / "source-full", folder / "free")
+    in_one_step = durable.rename_new(folder / "source-full", folder / "free")
     assert (folder / "free").is_dir()
     with pytest.raises(FileNotFoundError):
         durable.rename_new(folder / "missing", folder / "other")
+    return in_one_step
 
 
 def test_a_rename_never_takes_a_name_that_is_taken_even_by_an_empty_directory(tmp_path: Path) -> None:
-    _check_never_over(tmp_path)
+    assert _check_never_over(tmp_path)
+
+
+def test_a_rename_over_a_file_or_a_link_replaces_it_and_not_what_the_link_points_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to("precious")
+    for target in ("link", "free"):
+        (tmp_path / "new").write_text("new")
+        durable.rename_over(tmp_path / "new", tmp_path / target)
+        assert (tmp_path / target).read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "link", "precious"]
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
@@ -177,7 +219,7 @@ def test_where_the_file_system_lacks_renameat2_a_rename_still_never_replaces(tmp
         from ckptmgr import durable
         from test_durable import _check_never_over
         folder = Path(sys.argv[1])
-        _check_never_over(folder)
+        assert not _check_never_over(folder)
         assert not durable.exchange(folder / "free", folder / "there")
     """
     command = [
