@@ -33,6 +33,7 @@ from ckptmgr import resume as resumption
 from ckptmgr.answers import PendingSave, Resumed
 from ckptmgr.capture import Capture
 from ckptmgr.commit import AFTER_COMMIT, Committed, Job, Leader
+from ckptmgr.doctor import words_at_start
 from ckptmgr.errors import (
     CheckpointError,
     InvalidArgument,
@@ -461,6 +462,8 @@ class CheckpointManager:
         for name, one in self._series.items():
             if (known := self._journal.format_of(name)) not in (None, one.format.kind):
                 raise InvalidArgument(f"series {name!r} holds {known} checkpoints, not {one.format.kind}")
+        for word in words_at_start(self._rundir):
+            log.warning("storage: %s; `ckptmgr doctor %s` tries what can be tried", word, self._rundir.path)
         versions = _versions()
         self._epoch = self._journal.begin_epoch(
             host=self._ranks.host, pid=self._pid, command=Path(sys.argv[0] or "python").name, versions=versions

@@ -4,8 +4,9 @@ The ``ckptmgr`` command: look at a run, ask whether it may be resumed, and put r
 It reads the journal and the run directory and imports neither torch nor the manager, so it starts
 fast and runs where no training can. Nothing is changed without ``--apply`` (``upgrade`` excepted,
 which makes a backup first). Each command is one file here, with HELP, DESCRIPTION, EXAMPLES,
-``configure(parser)`` and ``run(args, out)``; what it prints goes through `output`, its exit status
-comes from `exit_codes`. docs/reference/cli.md is held to these files by a test.
+``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it prints
+goes through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these
+files by a test.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ckptmgr.cli import check, latest, log, ls, recover, show, upgrade
+from ckptmgr.cli import check, doctor, latest, log, ls, recover, show, upgrade
 from ckptmgr.cli.exit_codes import Exit, exit_code, is_our_bug
 from ckptmgr.cli.output import Output
 from ckptmgr.errors import InvalidArgument
@@ -29,18 +30,22 @@ COMMANDS = {
     "check": check,
     "recover": recover,
     "upgrade": upgrade,
+    "doctor": doctor,
 }
+#: What a command is about, and what that is, unless it says otherwise.
+TARGET = ("RUN", "a run directory, or its .journal.db file")
 
 EPILOG = """\
 examples:
   ckptmgr ls runs/alpha
   ckptmgr check runs/alpha --world-size 16
   torchrun train.py --resume "$(ckptmgr latest runs/alpha)"
+  ckptmgr doctor runs
 
 exit status:
   0 fine, 1 failed (a bug, or the operating system refused), 2 usage,
-  3 nothing to resume from or not safe, 4 the newest is unusable but an older
-  one is safe, 5 corruption, 10 no journal here, 11 the run is locked,
+  3 nothing to resume from or not safe, also storage that is not safe for a run,
+  4 the newest is unusable but an older one is safe, 5 corruption, 10 no journal here, 11 the run is locked,
   12 the journal has another schema, 130 interrupted"""
 
 
@@ -84,7 +89,8 @@ def build_parser() -> Parser:
             formatter_class=raw,
             allow_abbrev=False,
         )
-        command.add_argument("run", metavar="RUN", help="a run directory, or its .journal.db file")
+        metavar, text = getattr(module, "TARGET", TARGET)
+        command.add_argument("run", metavar=metavar, help=text)
         module.configure(command)
         command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
         command.add_argument("--json", action="store_true", help="print JSON, errors included")

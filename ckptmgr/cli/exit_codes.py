@@ -18,7 +18,8 @@ class Exit(enum.IntEnum):
     #: A bug in ckptmgr (with a traceback), or the operating system refused something (without one).
     FAILED = 1
     USAGE = 2
-    #: Nothing to resume from, not safe to resume from, no such checkpoint, or a journal that cannot be read now.
+    #: Nothing to resume from, not safe to resume from, no such checkpoint, a journal that cannot be read now, or
+    #: storage on which no run should be put.
     NOT_SAFE = 3
     #: The newest checkpoint cannot be used, an older one can.
     OLDER_IS_SAFE = 4
