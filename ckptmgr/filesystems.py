@@ -353,7 +353,8 @@ def file_system(mount: Mount) -> FileSystem:
     if known is None:
         return dataclasses.replace(_UNKNOWN, name=mount.type)
     if known is _FUSE:
-        return dataclasses.replace(known, name=f"FUSE ({mount.type.partition('.')[2] or mount.source})")
+        name = mount.type.partition(".")[2] or (mount.source if not mount.source.startswith("/") else "")
+        return dataclasses.replace(known, name=f"FUSE ({name})" if name else "FUSE")
     return known
 
 

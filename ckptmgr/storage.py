@@ -299,25 +299,22 @@ def _answers(place: Place, need: int | None) -> Said:
 
 
 def _space(place: Place, need: int | None) -> Said:
-    free, inodes = place.numbers.get("free_bytes"), place.numbers.get("free_inodes")
-    text = f"{_size(free)} are free" if free is not None else "how much is free cannot be told"
-    full = next((trial for trial in place.trials.values() if trial.error in _FULL), None)
+    if "free_bytes" not in place.numbers:
+        return
+    free, inodes = place.numbers["free_bytes"], place.numbers.get("free_inodes")
+    text = f"{_size(free)} are free"
+    full = _refused_for_space(place)
     holds_run = Role.RUN in place.holds
     low = LOW_SPACE if holds_run else LOW_SPACE_JOURNAL
     quotas = [option for option in place.mount.options if _QUOTA.fullmatch(option)] if place.mount is not None else []
     if need is not None and holds_run:
         text += f", {_size(need)} are needed"
         low = 0
-    if full is not None:
-        yield (
-            "D006",
-            Level.ERROR,
-            f"writing is refused, {full.detail}; {text}",
-            "free space or inodes, or raise the quota",
-        )
-    elif need is not None and holds_run and (free or 0) < need:
+    if full:
+        yield "D006", Level.ERROR, f"writing is refused, {full}; {text}", "free space or inodes, or raise the quota"
+    elif need is not None and holds_run and free < need:
         yield "D006", Level.ERROR, text, "free space, or choose another directory"
-    elif free is None or free < low:
+    elif free < low:
         hint = "a checkpoint stands beside the old ones until it is committed; --need SIZE says how much that takes"
         yield "D006", Level.WARNING, text, hint if holds_run else "the journal needs room to grow"
     elif quotas:
@@ -336,6 +333,10 @@ def _space(place: Place, need: int | None) -> Said:
         yield "D007", level, f"{inodes:.0f} inodes are free", "remove files: each file of a checkpoint takes one"
     else:
         yield "D007", Level.OK, f"{inodes:.0f} inodes are free", ""
+
+
+def _refused_for_space(place: Place) -> str:
+    return next((trial.detail for trial in place.trials.values() if trial.error in _FULL), "")
 
 
 def _locks_between_hosts(place: Place, need: int | None) -> Said:
@@ -458,10 +459,12 @@ TRIALS: Mapping[str, _Judgement] = {
 
 def _tried(place: Place, need: int | None) -> Said:
     del need
+    full = _refused_for_space(place)
     for name, trial in place.trials.items():
         judgement = TRIALS[name]
-        if trial.error in _FULL:
-            yield judgement.id, Level.WARNING, f"{FINDINGS[judgement.id]}: could not be tried, {trial.detail}", ""
+        # SQLite does not always say why it cannot open or write a file.
+        if full and (trial.error in _FULL or (name == "journal" and trial.outcome is Outcome.REFUSED)):
+            yield judgement.id, Level.INFO, f"not tried, {full}: {FINDINGS[judgement.id]}", ""
         elif trial.outcome is Outcome.WORKS:
             measured = _MEASURED.get(name)
             level, text, hint = measured(place, trial) if measured else (Level.OK, judgement.works, "")

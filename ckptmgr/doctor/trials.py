@@ -48,6 +48,8 @@ _LONGEST_NAMES = (255, 143, 128)
 _ROUNDS = 5
 _ROUNDS_S = 1.0
 _SYNCED_BYTES = 1 << 16
+#: SQLite opens no path with this many bytes (MAX_PATHNAME in its os_unix.c).
+_SQLITE_PATH = 512
 _WORKS = Trial(Outcome.WORKS)
 
 
@@ -288,12 +290,9 @@ class _Trials:
         return Trial(Outcome.WORKS, numbers=numbers)
 
     def sync_directory(self) -> Trial:
-        """Names that change over and over, with an fsync of their directory each time."""
-        at = self._directory("sync-names", "0")
-        numbers = _timed(
-            lambda number: durable.rename_over(at / str(number), at / str(number + 1)),
-            lambda: durable.sync_directory(at),
-        )
+        """Names that are added one after the other, with an fsync of their directory each time."""
+        at = self._directory("sync-names")
+        numbers = _timed(lambda number: self._file(at / str(number), ""), lambda: durable.sync_directory(at))
         return Trial(Outcome.WORKS, numbers=numbers)
 
     def names(self) -> Trial:
@@ -383,6 +382,10 @@ class _Trials:
             return _WORKS
 
         def want_journal() -> Trial:
+            if len(os.fsencode(journal)) + len("-journal") >= _SQLITE_PATH:
+                text = f"a journal's path here is close to the {_SQLITE_PATH} bytes that SQLite can open, or over them"
+                raise OSError(errno.ENAMETOOLONG, text)
+            self._file(journal, "")
             sqlite.create(journal)
             self._second.ask("begin", journal)
             _must(sqlite.is_busy(journal), "two processes write at once")
@@ -569,7 +572,6 @@ class _Refused(OSError):
     """What the second process was refused, in the words it was told."""
 
     def __init__(self, detail: str, error: str) -> None:
-        self.detail = detail
         super().__init__(getattr(errno, error, 0), detail)
 
 
@@ -601,8 +603,8 @@ def _words(error: BaseException) -> tuple[str, str]:
     if getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL":
         name = "ENOSPC"
     elif isinstance(cause, OSError):
-        name = errno.errorcode.get(cause.errno or 0, "")
-    return getattr(error, "reason", "") or getattr(error, "message", str(error)), name
+        return _words(cause)
+    return getattr(error, "message", str(error)), name
 
 
 @contextlib.contextmanager
@@ -698,9 +700,24 @@ def _leftovers(path: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             if (match := _NAME.match(entry.name)) is not None:
-                running = Path(f"/proc/{match[2]}").exists() if match[1] == host else None
+                running = _is_running(int(match[2])) if match[1] == host else None
                 found.append({"name": entry.name, "running": running})
     return sorted(found, key=lambda one: str(one["name"]))
+
+
+def _is_running(pid: int) -> bool | None:
+    """Whether process *pid* of this host makes trials; None if that is hidden."""
+    try:
+        return __spec__.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()  # a zombie has no words
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return None
+    return False
 
 
 def _host() -> str:

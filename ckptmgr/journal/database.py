@@ -70,7 +70,9 @@ def plain_path(path: Path) -> Path:
     return plain
 
 
-def connect(path: Path, mode: Mode, *, foreign_keys: bool = True) -> sqlite3.Connection:
+def connect(
+    path: Path, mode: Mode, *, foreign_keys: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS
+) -> sqlite3.Connection:
     """
     Open the journal *path* (from `plain_path`) and set what must hold on every connection.
 
@@ -78,6 +80,7 @@ def connect(path: Path, mode: Mode, *, foreign_keys: bool = True) -> sqlite3.Con
         path: The one name of the journal.
         mode: ``ro`` reads, ``rw`` also writes, ``rwc`` also creates.
         foreign_keys: Off only for migrations, which drop tables that others refer to.
+        busy_timeout_ms: Less only for trials, which ask how things are now.
 
     Raises:
         sqlite3.Error: SQLite refused.
@@ -86,13 +89,13 @@ def connect(path: Path, mode: Mode, *, foreign_keys: bool = True) -> sqlite3.Con
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}",
         uri=True,
-        timeout=BUSY_TIMEOUT_MS / 1000,
+        timeout=busy_timeout_ms / 1000,
         isolation_level=None,  # BEGIN and COMMIT are ours; the driver's own guesses break transactional DDL
         check_same_thread=False,  # Database serialises its users
     )
     try:
         for name, value, taken in (
-            ("busy_timeout", str(BUSY_TIMEOUT_MS), BUSY_TIMEOUT_MS),
+            ("busy_timeout", str(busy_timeout_ms), busy_timeout_ms),
             ("journal_mode", "PERSIST", "persist"),
             ("synchronous", "EXTRA", 3),
             ("mmap_size", "0", 0),

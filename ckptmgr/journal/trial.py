@@ -2,7 +2,8 @@
 A journal that nobody needs, to try on some storage what every journal relies on.
 
 Two processes: one calls `create`, the other `hold` and then `spill`, the first `is_busy`; the other is
-killed, and the first calls `take_over`. Every connection has the settings of a real journal.
+killed, and the first calls `take_over`. Every connection has the settings of a real journal, but that it
+does not wait for another one's lock.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptmgr.journal.database import Mode, connect, translated
+from ckptmgr.errors import JournalError
+from ckptmgr.journal.database import connect, translated
 
 _POLL_S = 0.05
 #: More than a cache of one page can keep: SQLite must write uncommitted pages into the file.
@@ -22,12 +24,12 @@ _SPILLED_ROWS = 100
 
 def create(path: Path) -> None:
     """
-    Make the journal *path* with one committed row, and read everything back.
+    Make the journal *path* with one committed row.
 
     Raises:
-        JournalError: SQLite refused, or what it gives back is not what was put in.
+        JournalError: SQLite refused.
     """
-    with _opened(path, "rwc") as connection:
+    with _alone(path), contextlib.closing(connect(path, "rwc", busy_timeout_ms=0)) as connection:
         connection.execute("BEGIN IMMEDIATE").close()
         connection.execute("CREATE TABLE trial (writer TEXT, data BLOB)").close()
         connection.execute("INSERT INTO trial VALUES ('first', zeroblob(100))").close()
@@ -36,8 +38,8 @@ def create(path: Path) -> None:
 
 def hold(path: Path) -> sqlite3.Connection:
     """Begin a transaction in *path*, as every change does, and write a row; the caller keeps the connection."""
-    with translated(path):
-        connection = connect(path, "rw")
+    with _alone(path):
+        connection = connect(path, "rw", busy_timeout_ms=0)
         connection.execute("BEGIN IMMEDIATE").close()
         connection.execute("INSERT INTO trial VALUES ('killed', zeroblob(100))").close()
         return connection
@@ -45,7 +47,7 @@ def hold(path: Path) -> sqlite3.Connection:
 
 def spill(path: Path, connection: sqlite3.Connection) -> None:
     """Let uncommitted pages of a transaction reach the file, so that whoever opens it next must undo them."""
-    with translated(path):
+    with _alone(path):
         connection.execute("PRAGMA cache_size=1").close()
         for _ in range(_SPILLED_ROWS):
             connection.execute("INSERT INTO trial VALUES ('killed', zeroblob(4000))").close()
@@ -53,19 +55,20 @@ def spill(path: Path, connection: sqlite3.Connection) -> None:
 
 def is_busy(path: Path) -> bool:
     """
-    Whether a second writer is refused at once.
+    Whether another writer keeps this one out.
 
     Raises:
-        JournalError: It is refused for another reason than that there is a first one.
+        JournalError: Something else does.
     """
-    with _opened(path, "rw") as connection:
+    with translated(path):
         try:
-            connection.execute("BEGIN IMMEDIATE").close()
+            with contextlib.closing(connect(path, "rw", busy_timeout_ms=0)) as connection:
+                connection.execute("BEGIN IMMEDIATE").close()
+                connection.execute("ROLLBACK").close()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            if _says_busy(error):
                 return True
             raise
-        connection.execute("ROLLBACK").close()
     return False
 
 
@@ -84,23 +87,27 @@ def take_over(path: Path, timeout_s: float) -> list[str]:
         if time.monotonic() > deadline:
             return []
         time.sleep(_POLL_S)
-    with _opened(path, "rw") as connection:
+    with _alone(path), contextlib.closing(connect(path, "rw", busy_timeout_ms=0)) as connection:
         connection.execute("BEGIN IMMEDIATE").close()
         connection.execute("INSERT INTO trial VALUES ('second', zeroblob(100))").close()
         connection.execute("COMMIT").close()
-        (whole,) = connection.execute("PRAGMA integrity_check").fetchone()
-        if whole != "ok":
-            raise sqlite3.DatabaseError(whole)
+        (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise JournalError(f"SQLite finds its file damaged: {found}")
         return [writer for (writer,) in connection.execute("SELECT writer FROM trial ORDER BY rowid").fetchall()]
 
 
 @contextlib.contextmanager
-def _opened(path: Path, mode: Mode) -> Iterator[sqlite3.Connection]:
+def _alone(path: Path) -> Iterator[None]:
+    """Of a journal that no other process has open: one that is busy has locks that do not work."""
     with translated(path):
-        connection = connect(path, mode)
         try:
-            # A trial asks how things are now; waiting is the caller's business.
-            connection.execute("PRAGMA busy_timeout=0").close()
-            yield connection
-        finally:
-            connection.close()
+            yield
+        except sqlite3.OperationalError as error:
+            if _says_busy(error):
+                raise JournalError("SQLite finds its file locked, which no other process has open") from error
+            raise
+
+
+def _says_busy(error: sqlite3.Error) -> bool:
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
