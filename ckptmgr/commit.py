@@ -348,8 +348,9 @@ class Leader:
         return [row for row in rows if row.retire_started_at is not None and row.retired_at is None]
 
     def _plan(self, record: CheckpointRecord, rule: KeepRule) -> retention.RetentionPlan:
-        """What the keep rule says once *record* is committed."""
+        """What the keep rule says once *record* is committed; nothing is let go by what a damaged journal says."""
         live = self._journal.checkpoints(series=record.series, live_only=True)
+        self._journal.require_intact(other.id for other in live)
         newest = max((other.commit_seq or 0 for other in live), default=0) + 1
         now = time.time()
         committed = dataclasses.replace(

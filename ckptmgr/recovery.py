@@ -570,6 +570,7 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     it may be interrupted anywhere and run again.
 
     Raises:
+        JournalCorrupt: The journal is not what was written; nothing was done.
         StaleWriter: A newer epoch has taken over; what was done until then is correct.
         OSError: The disk refused; what was done until then is correct, and running it again goes on.
         InvalidArgument: The rows contradict each other; see `plan`.
@@ -600,6 +601,7 @@ def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str]) ->
 
 
 def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:
+    journal.require_intact()
     records = journal.standing()
     gathered = [record for record in records if record.state is S.GATHERED]
     # A size is no proof: after a power cut a file may have its full size and hold only zeros.

@@ -25,7 +25,7 @@ import stat
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound
-from ckptmgr.journal import schema
+from ckptmgr.journal import schema, seal
 
 #: How long a connection waits for another one's lock, in milliseconds.
 BUSY_TIMEOUT_MS = 10_000
@@ -47,11 +47,15 @@ def plain_path(path: Path) -> Path:
     The one name of the journal *path*: absolute, its folder free of links.
 
     Raises:
-        JournalError: It is a link, has a second name, or is no regular file.
+        JournalError: It is a link, has a second name, or is no regular file; or its rollback journal is none.
     """
     folder = Path(os.path.abspath(path)).parent.resolve()  # noqa: PTH100  (Path.absolute keeps "..")
     plain = folder / Path(path).name
+    rollback = plain.with_name(f"{plain.name}-journal")
     try:
+        # SQLite would wait for somebody to write into a pipe, and undo a transaction of another database behind a link.
+        if os.path.lexists(rollback) and not stat.S_ISREG(rollback.lstat().st_mode):
+            raise JournalError(f"{rollback} is not a file", hint="SQLite keeps a file there; move away what is there")
         found = plain.lstat()
     except FileNotFoundError:
         return plain
@@ -125,26 +129,85 @@ def create_journal_engine(path: Path, mode: Mode, *, foreign_keys: bool = True) 
     return engine
 
 
+def driver(connection: Connection) -> sqlite3.Connection:
+    """The driver's own connection below SQLAlchemy's."""
+    below = connection.connection.driver_connection
+    assert isinstance(below, sqlite3.Connection)
+    return below
+
+
 def revision(connection: sqlite3.Connection, path: Path) -> str | None:
     """
-    The schema revision of an open journal; None for one that is still empty.
+    The schema revision of an open journal, in a transaction; None for one that is still empty.
 
     Raises:
-        JournalCorrupt: Journal of no revision, or of several.
+        JournalCorrupt: A journal of no revision, or of several, or of another one than was written.
         JournalError: A database that is no journal.
     """
-    connection.execute("BEGIN")
-    try:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-            return None
-        if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
-            raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
-        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    finally:
-        connection.execute("ROLLBACK")
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+        return None
+    if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master").fetchall()}
+        if schema.metadata.tables.keys() <= names:
+            raise _damaged(path, "its header does not say that it is a journal")
+        raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
+    rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
     if len(rows) != 1:
-        raise JournalCorrupt(f"{path} names {len(rows)} schema revisions", path=str(path), reason="no single revision")
-    return str(rows[0][0])
+        raise _damaged(path, f"it names {len(rows)} schema revisions")
+    found = str(rows[0][0])
+    # Before anything is made of it: a damaged number would look like another version of ckptmgr.
+    if seal.is_there(connection):
+        require_intact(connection, path, ["alembic_version"])
+    elif is_sealed(found):
+        raise _damaged(path, "it has no seal")
+    return found
+
+
+def is_sealed(found: str) -> bool:
+    """Whether a journal of schema *found* has a seal."""
+    return found >= "0002"
+
+
+def require_intact(
+    connection: sqlite3.Connection, path: Path, tables: Iterable[str], *, of: Iterable[int] | None = None
+) -> None:
+    """
+    Compare *tables* of a journal that is sealed with the seal, in a transaction.
+
+    Args:
+        connection: What to read.
+        path: The journal, for the message.
+        tables: Which tables; the empty name stands for the schema.
+        of: Of tables that are sealed by checkpoint: whose rows; None for all.
+
+    Raises:
+        JournalCorrupt: A row is not what was written, or is gone.
+    """
+    for table in tables:
+        if why := seal.broken(connection, table, of):
+            raise _damaged(path, why)
+
+
+def require_sound(connection: sqlite3.Connection, path: Path, *, whole: bool) -> None:
+    """
+    Have SQLite look for damage in its own structures: pages, order, and that indexes agree with their tables.
+
+    Args:
+        connection: In a transaction.
+        path: The journal, for the message.
+        whole: The whole file, or the tables that decide (and before SQLite 3.33 the whole file as well).
+
+    Raises:
+        JournalCorrupt: There is some.
+    """
+    for what in ["1"] if whole else [table for table in seal.DECISIVE if table]:
+        (answer,) = connection.execute(f"PRAGMA integrity_check({what})").fetchone()
+        if answer != "ok":
+            raise _damaged(path, answer)
+
+
+def _damaged(path: Path, reason: str) -> JournalCorrupt:
+    return JournalCorrupt(f"{path} is damaged: {reason}", path=str(path), reason=reason)
 
 
 @contextlib.contextmanager
@@ -170,7 +233,7 @@ def _translate(error: sqlite3.Error, path: Path) -> JournalError:
     damaged = code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
     # The revision was right, so a table or column that is not there has been lost.
     if damaged or text.startswith(("no such table", "no such column", "Could not decode")):
-        return JournalCorrupt(f"{path} is damaged: {text}", path=str(path), reason=text)
+        return _damaged(path, text)
     if code == sqlite3.SQLITE_READONLY_ROLLBACK:
         # A reader must not roll back: where locks do not reach other hosts, the writer may be alive.
         return JournalError(
@@ -208,6 +271,7 @@ class Database:
         self.lock = threading.RLock()
         self._engine = create_journal_engine(path, "ro" if read_only else "rw")
         self._connection: Connection | None = None
+        self._seal: seal.Seal | None = None
         self._pid = os.getpid()
         self._closed = False
         _databases.add(self)
@@ -241,10 +305,14 @@ class Database:
             last_change = schema.run.c.last_change
             mine = uuid.uuid4().hex
             transaction = connection.begin()
+            followed = self._seal
+            assert followed is not None
+            followed.begin()
             try:
                 before = connection.execute(select(last_change)).scalar_one_or_none()
                 yield connection
                 connection.execute(update(schema.run).values(last_change=mine))
+                followed.record()
             except BaseException as error:
                 try:
                     transaction.rollback()
@@ -286,6 +354,8 @@ class Database:
             raise JournalError(f"{self.path} is closed")
         if self._connection is None:
             self._connection = self._engine.connect()
+            if not self.read_only:
+                self._seal = seal.Seal(driver(self._connection))
         return self._connection
 
     def _discard(self) -> None:

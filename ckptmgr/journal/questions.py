@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection, Row, Select, and_, func, or_, select, text
 
 from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
-from ckptmgr.journal import database, schema
+from ckptmgr.journal import database, schema, seal
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, transition, verification
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, EpochRecord, Format, TransitionRecord
 from ckptmgr.manifest import FileEntry
@@ -88,6 +88,26 @@ class Questions:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def require_intact(self, checkpoints: Iterable[int] | None = None) -> None:
+        """
+        Look again whether what decides is what was written, as opening did.
+
+        For a journal that has been open for long: what it says next may lose a checkpoint if it is wrong.
+
+        Args:
+            checkpoints: Only these attempts, and the pins; None for everything that decides.
+
+        Raises:
+            JournalCorrupt: It is not.
+        """
+        with self._database.reading() as connection:
+            below = database.driver(connection)
+            if checkpoints is None:
+                database.require_sound(below, self.path, whole=False)
+                database.require_intact(below, self.path, seal.DECISIVE)
+            else:
+                database.require_intact(below, self.path, ["checkpoint", "pin"], of=checkpoints)
 
     def current_epoch(self) -> int:
         """The newest epoch, the only one that may change anything; 0 before the first."""
@@ -194,6 +214,7 @@ class Questions:
         )
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(file.c.path)).all()
+            database.require_intact(database.driver(connection), self.path, ["file"], of=[checkpoint_id])
         return [FileEntry(*row) for row in rows]
 
     def transitions(self, checkpoint_id: int | None = None, after_id: int = 0) -> list[TransitionRecord]:
@@ -208,6 +229,11 @@ class Questions:
             query = query.where(transition.c.checkpoint_id == checkpoint_id)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
+            of = [checkpoint_id] if checkpoint_id is not None else {row.checkpoint_id for row in rows}
+            everything = checkpoint_id is None and not after_id
+            database.require_intact(
+                database.driver(connection), self.path, ["transition"], of=None if everything else of
+            )
         return [
             TransitionRecord(
                 id=row.id,
@@ -252,6 +278,7 @@ class Questions:
             rows = connection.execute(
                 select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
             ).all()
+            database.require_intact(database.driver(connection), self.path, ["verification"], of=[checkpoint_id])
         return [
             Verification(
                 id=row.id,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from sqlalchemy import REAL, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, Table, Text, text
 
 #: The newest migration. Ids are four digits in one line, so a larger one is a newer one.
-REVISION = "0001"
+REVISION = "0002"
 
 #: "ckpt", in the header of the file: tells a journal from somebody else's SQLite database.
 APPLICATION_ID = 0x636B7074
@@ -179,6 +179,17 @@ verification = Table(
     CheckConstraint("ok IN (0, 1)", name="ok_is_yes_or_no"),
 )
 Index("verification_by_checkpoint", verification.c.checkpoint_id)
+
+#: What the rows of every other table add up to; see `seal`.
+seal = Table(
+    "seal",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("checkpoint_id", Integer, primary_key=True),
+    Column("rows", Integer, nullable=False),
+    Column("digest", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
 
 #: What CHECKs cannot say. A batch migration that copies a table must create its triggers again.
 TRIGGERS = {

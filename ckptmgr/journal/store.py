@@ -31,7 +31,7 @@ from ckptmgr.errors import (
     StaleWriter,
     StepAlreadySaved,
 )
-from ckptmgr.journal import database, schema, upgrade
+from ckptmgr.journal import database, schema, seal, upgrade
 from ckptmgr.journal.questions import Questions, in_flight, live, newest_epoch, not_found, scalar
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, run, transition, verification
 from ckptmgr.lifecycle import (
@@ -66,8 +66,8 @@ class Journal(Questions):
         Open the journal for reading and writing; create it, or upgrade an older one after a copy.
 
         Rank 0 only. The caller holds the run lock. An unfinished transaction of a process that
-        died is rolled back, and the whole file is looked through for damage (60 ms for 10,000
-        checkpoints with 3 files each, 200 ms with 64): better found now than in the middle of a run.
+        died is rolled back, and the whole file is looked through for damage (0.2 s for 10,000
+        checkpoints with 3 files each): better found now than in the middle of a run.
 
         Raises:
             JournalSchemaMismatch: It was written by a newer version of ckptmgr.
@@ -75,7 +75,7 @@ class Journal(Questions):
             JournalError: It is a link, no journal, or cannot be written.
         """
         path = database.plain_path(path)
-        if _revision(path, "rw", thorough=True) != schema.REVISION:
+        if _revision(path, "rw", whole=True) != schema.REVISION:
             upgrade.upgrade(path, create=True)
         return cls._opened(database.Database(path, read_only=False))
 
@@ -83,6 +83,8 @@ class Journal(Questions):
     def open_read_only(cls, path: Path) -> Journal:
         """
         Open the journal for reading. Never creates, migrates, rolls back or writes anything.
+
+        What decides is looked through for damage (0.1 s for 10,000 checkpoints); the rest is when it is read.
 
         Raises:
             JournalNotFound: There is no journal, or nobody has finished creating it.
@@ -604,16 +606,21 @@ class Journal(Questions):
             )
 
 
-def _revision(path: Path, mode: database.Mode, *, thorough: bool = False) -> str | None:
-    """The schema revision of the journal *path*; None if there is none yet. *thorough*: look at every page."""
+def _revision(path: Path, mode: database.Mode, *, whole: bool = False) -> str | None:
+    """
+    The schema revision of the journal *path*, which has been looked through; None if there is none yet.
+
+    *whole*: every page of it, not only what decides.
+    """
     if not path.exists():
         return None
     with database.translated(path), contextlib.closing(database.connect(path, mode)) as connection:
+        connection.execute("BEGIN")
         found = database.revision(connection, path)
-        if thorough:
-            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if answer != "ok":
-                raise JournalCorrupt(f"{path} is damaged: {answer}", path=str(path), reason=answer)
+        if found is not None:
+            database.require_sound(connection, path, whole=whole)
+            if database.is_sealed(found):
+                database.require_intact(connection, path, seal.DECISIVE)
     return found
 
 

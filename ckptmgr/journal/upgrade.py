@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
-from ckptmgr.journal import database, schema
+from ckptmgr.journal import database, schema, seal
 
 
 def script_location() -> str:
@@ -71,14 +71,20 @@ def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
         with engine.begin() as connection:
             # A second connection, because the revision has to be read before Alembic is known to be needed.
             with contextlib.closing(database.connect(path, "ro")) as reader:
+                reader.execute("BEGIN")
                 found = database.revision(reader, path)
                 if found == schema.REVISION:
                     return found, found
                 if found is not None and found > schema.REVISION:
                     raise schema_mismatch(path, found)
                 if found is not None:
+                    if database.is_sealed(found):
+                        # What is damaged now would be sealed as it is.
+                        database.require_intact(reader, path, seal.all_tables(reader))
+                    reader.execute("ROLLBACK")
                     _back_up(reader, backup_path(path))
             _run_migrations(path, connection)
+            seal.renew(database.driver(connection))
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
             if broken is not None:
                 raise JournalCorrupt(

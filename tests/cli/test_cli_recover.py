@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_on_disk import Call, Run, S
 
-from ckptmgr.journal import Journal
+from ckptmgr.journal import Journal, seal
 from ckptmgr.lifecycle import Format, RetirementMark
 
 
@@ -310,6 +310,7 @@ def test_rebuilding_where_there_never_was_a_run_creates_nothing(ckptmgr: Call, t
 def set_revision(path: Path, revision: str) -> None:
     connection = sqlite3.connect(path)
     connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    seal.renew(connection)
     connection.commit()
     connection.close()
 

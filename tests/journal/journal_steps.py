@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckptmgr.journal import Journal
+from ckptmgr.journal import Journal, seal
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, RetirementMark
 from ckptmgr.manifest import FileEntry
 
@@ -65,16 +65,18 @@ class Steps:
 
 
 def contents(path: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of every table, without times and the name of the last transaction."""
+    """Every row of every table, without times, the name of the last transaction and what depends on them."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        if seal.is_there(connection):
+            assert [why for table in seal.all_tables(connection) if (why := seal.broken(connection, table))] == []
         result = {}
         for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
             cursor = connection.execute(f"SELECT * FROM {table}")
             names = [column[0] for column in cursor.description]
             volatile = {i for i, name in enumerate(names) if name == "at" or name.endswith("_at")} | {
-                i for i, name in enumerate(names) if name == "last_change"
+                i for i, name in enumerate(names) if name == "last_change" or (table, name) == ("seal", "digest")
             }
             # That a time is set matters, which time it is does not.
             result[table] = sorted(

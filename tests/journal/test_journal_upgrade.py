@@ -21,9 +21,10 @@ from journal_steps import CRASHED, FILES, S, Steps, contents, in_child
 from sqlalchemy import create_engine
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
-from ckptmgr.journal import Journal, schema, upgrade
+from ckptmgr.journal import Journal, schema, seal, upgrade
 
 RELEASED = sorted((Path(__file__).parent / "released").glob("*.db"))
+NOW, NEXT = schema.REVISION, f"{int(schema.REVISION) + 1:04}"
 ADD_COLUMN = "op.add_column('checkpoint', sa.Column('colour', sa.Text))"
 
 
@@ -41,9 +42,9 @@ def columns(path: Path, table: str = "checkpoint") -> list[str]:
 
 def write_next(scripts: Path, body: str) -> None:
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    (scripts / "versions" / "0002_next.py").write_text(
+    (scripts / "versions" / f"{NEXT}_next.py").write_text(
         "import os\nimport sqlalchemy as sa\nfrom alembic import op\n"
-        f"revision = '0002'\ndown_revision = '0001'\n\n\ndef upgrade():\n{lines}\n"
+        f"revision = '{NEXT}'\ndown_revision = '{NOW}'\n\n\ndef upgrade():\n{lines}\n"
     )
 
 
@@ -56,7 +57,7 @@ def next_version(tmp_path, monkeypatch):
     def become(body: str = ADD_COLUMN) -> Path:
         write_next(scripts, body)
         monkeypatch.setattr(upgrade, "script_location", lambda: str(scripts))
-        monkeypatch.setattr(schema, "REVISION", "0002")
+        monkeypatch.setattr(schema, "REVISION", NEXT)
         return scripts
 
     return become
@@ -126,13 +127,13 @@ def test_alembic_itself_is_turned_away(tmp_path):
 def test_the_current_schema_needs_nothing(older):
     before = older.read_bytes()
 
-    assert upgrade.upgrade(older) == ("0001", "0001")
+    assert upgrade.upgrade(older) == (NOW, NOW)
     assert older.read_bytes() == before
     assert not upgrade.backup_path(older).exists()
 
 
 def test_a_new_journal_is_upgraded_from_nothing_and_not_backed_up(journal_path):
-    assert upgrade.upgrade(journal_path, create=True) == (None, "0001")
+    assert upgrade.upgrade(journal_path, create=True) == (None, NOW)
     assert not upgrade.backup_path(journal_path).exists()
 
 
@@ -142,7 +143,7 @@ def test_an_older_journal_is_not_read_but_says_what_to_do(older, next_version):
     with pytest.raises(JournalSchemaMismatch) as caught:
         Journal.open_read_only(older)
 
-    assert (caught.value.path, caught.value.found, caught.value.expected) == (str(older), "0001", "0002")
+    assert (caught.value.path, caught.value.found, caught.value.expected) == (str(older), NOW, NEXT)
     assert "ckptmgr upgrade RUN" in caught.value.hint
     assert older.read_bytes() == before
     assert not upgrade.backup_path(older).exists()
@@ -153,14 +154,14 @@ def test_an_older_journal_is_copied_and_then_upgraded(older, next_version, monke
     next_version()
     with Journal.open(older) as journal:
         assert [record.step for record in journal.checkpoints()] == [1, 2]
-    backup = older.with_name(older.name + ".before-0002")
+    backup = older.with_name(older.name + f".before-{NEXT}")
 
     assert "colour" in columns(older)
     assert contents(backup) == before
     assert "colour" not in columns(backup)
-    assert [path.name for path in older.parent.glob("*.before-0002*")] == [backup.name]
+    assert [path.name for path in older.parent.glob(f"*.before-{NEXT}*")] == [backup.name]
     # The copy is a journal that the version before can open again.
-    monkeypatch.setattr(schema, "REVISION", "0001")
+    monkeypatch.setattr(schema, "REVISION", NOW)
     with Journal.open_read_only(backup) as journal:
         assert [record.step for record in journal.checkpoints()] == [1, 2]
 
@@ -168,8 +169,8 @@ def test_an_older_journal_is_copied_and_then_upgraded(older, next_version, monke
 def test_upgrade_says_from_where_to_where(older, next_version):
     next_version()
 
-    assert upgrade.upgrade(older) == ("0001", "0002")
-    assert upgrade.upgrade(older) == ("0002", "0002")
+    assert upgrade.upgrade(older) == (NOW, NEXT)
+    assert upgrade.upgrade(older) == (NEXT, NEXT)
 
 
 def test_a_backup_of_an_earlier_try_is_replaced(older, next_version):
@@ -192,16 +193,17 @@ def test_without_a_backup_there_is_no_upgrade(older, next_version):
     assert older.read_bytes() == before
 
 
-@pytest.mark.parametrize("found", ["0002", "0010", "9999", "main_7"])
+@pytest.mark.parametrize("found", [NEXT, "0010", "9999", "main_7"])
 def test_a_newer_schema_is_refused_with_a_hint(older, found):
     with contextlib.closing(sqlite3.connect(older)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = ?", (found,))
+        seal.renew(connection)
         connection.commit()
     before = older.read_bytes()
     for opening in (Journal.open, Journal.open_read_only, upgrade.upgrade):
         with pytest.raises(JournalSchemaMismatch) as caught:
             opening(older)
-        assert (caught.value.found, caught.value.expected) == (found, "0001")
+        assert (caught.value.found, caught.value.expected) == (found, NOW)
         assert "pip install -U ckptmgr" in caught.value.hint
 
     assert older.read_bytes() == before
@@ -217,7 +219,7 @@ def test_an_upgrade_that_raises_changes_nothing(older, next_version):
     assert objects(older) == tables
     assert contents(older) == before
     next_version()
-    assert upgrade.upgrade(older) == ("0001", "0002")
+    assert upgrade.upgrade(older) == (NOW, NEXT)
 
 
 def test_an_upgrade_that_dies_changes_nothing(older, next_version):
@@ -228,7 +230,7 @@ def test_an_upgrade_that_dies_changes_nothing(older, next_version):
     assert objects(older) == tables
     assert contents(older) == before
     next_version()
-    assert upgrade.upgrade(older) == ("0001", "0002")
+    assert upgrade.upgrade(older) == (NOW, NEXT)
 
 
 def test_creation_that_dies_leaves_nothing_in_the_way(journal_path, next_version):
@@ -283,8 +285,8 @@ def test_concurrent_upgrades_agree(journal_is, journal_path, fresh_journal, tmp_
 import sys, time, alembic.command
 from pathlib import Path
 from ckptmgr.journal import Journal, schema, upgrade
-path, scripts, go = map(Path, sys.argv[1:])
-schema.REVISION, upgrade.script_location = "0002", lambda: str(scripts)
+path, scripts, go = map(Path, sys.argv[1:4])
+schema.REVISION, upgrade.script_location = sys.argv[4], lambda: str(scripts)
 import ckptmgr.journal.store
 go.with_name(f"ready-{sys.argv[0]}-{id(path)}-{time.monotonic_ns()}").touch()
 while not go.exists():
@@ -296,7 +298,7 @@ with Journal.open(path) as journal:
     go.parent.mkdir()
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(journal_path), str(scripts), str(go)],
+            [sys.executable, "-c", script, str(journal_path), str(scripts), str(go), NEXT],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,0 +1,185 @@
+"""
+The seal: what the rows of a journal add up to, so that a bit that flips in one does not pass for a fact.
+
+SQLite has no checksums. A flipped bit in a row is another step, another digest or a checkpoint that is
+gone, and reads like any other row. So each transaction also records, part by part, how many rows there
+are and the sum of their digests modulo 2^128; whoever reads a part compares. It is a sum because a sum can
+follow a change without reading the rest. A part is a table; of the tables that grow with every save, the
+rows of one checkpoint, so that reading one checkpoint costs no more than it has.
+
+The sums follow by triggers that exist only on our writing connection: what anybody else changes is not
+sealed, and is found like damage. They never launder: a change subtracts what was there when it was made,
+so a row that was damaged before makes the sum wrong for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ckptmgr.manifest import Digest
+
+#: Tables that are sealed by checkpoint, with the place of its number in a row, and its name.
+BY_CHECKPOINT = {"checkpoint": (0, "id")} | {
+    "file": (0, "checkpoint_id"),
+    "transition": (1, "checkpoint_id"),
+    "verification": (1, "checkpoint_id"),
+}
+#: Tables that decide what may be resumed, deleted and listed; the empty name stands for the schema itself.
+DECISIVE = ("", "alembic_version", "run", "epoch", "checkpoint", "pin", "retirement_decision")
+_WHOLE = 0
+_MODULUS = 1 << 128
+_NOTHING = (0, "0" * 32)
+_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+
+Part = tuple[str, int]
+
+
+class Seal:
+    """
+    Follows what one connection changes, and records it when asked.
+
+    Args:
+        connection: Ours, for writing.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._changes: dict[Part, list[int]] = {}
+        connection.create_function("ckptmgr_seal", -1, self._follow)
+        connection.execute("PRAGMA temp_store=MEMORY").close()
+        for table in _tables(connection):
+            columns = [_quoted(column[1]) for column in connection.execute(f"PRAGMA table_info({_quoted(table)})")]
+            text = "'" + table.replace("'", "''") + "'"
+            gone, come = (
+                f"SELECT ckptmgr_seal({sign}, {text}, {', '.join(f'{row}.{column}' for column in columns)});"
+                for sign, row in ((-1, "OLD"), (1, "NEW"))
+            )
+            for event, what in (("INSERT", come), ("UPDATE", gone + come), ("DELETE", gone)):
+                name = _quoted(f"seal_{table}_{event.lower()}")
+                connection.execute(
+                    f"CREATE TEMP TRIGGER {name} AFTER {event} ON main.{_quoted(table)} BEGIN {what} END"
+                ).close()
+
+    def begin(self) -> None:
+        """Forget what a transaction that was rolled back had changed."""
+        self._changes.clear()
+
+    def record(self) -> None:
+        """Add what this transaction has changed to what is recorded, within it."""
+        for part, (rows, total) in self._changes.items():
+            rows_before, total_before = _recorded(self._connection, part)
+            _write(self._connection, part, rows_before + rows, _text(int(total_before, 16) + total))
+        self._changes.clear()
+
+    def _follow(self, sign: int, table: str, *row: Any) -> None:
+        change = self._changes.setdefault(_part(table, row), [0, 0])
+        change[0] += sign
+        change[1] += sign * _digest(table, row)
+
+
+def is_there(connection: sqlite3.Connection) -> bool:
+    """Whether this journal has a seal; those of schema 0001 have none."""
+    return bool(connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'seal'").fetchone())
+
+
+def renew(connection: sqlite3.Connection) -> None:
+    """Seal everything as it stands now, within the caller's transaction: after a migration, and never else."""
+    connection.execute("DELETE FROM seal").close()
+    for table in all_tables(connection):
+        for part, (rows, total) in _added_up(table, _rows(connection, table)).items():
+            _write(connection, part, rows, total)
+
+
+def broken(connection: sqlite3.Connection, table: str, checkpoints: Iterable[int] | None = None) -> str | None:
+    """
+    Why the rows of *table* are not those that were recorded, in words; None if they are.
+
+    Args:
+        connection: In a transaction, so that rows and seal are of one moment.
+        table: Which table; the empty name stands for the schema.
+        checkpoints: Of a table that is sealed by checkpoint: whose rows; None for all.
+    """
+    if checkpoints is None or table not in BY_CHECKPOINT:
+        recorded = {
+            (table, of): (rows, digest)
+            for of, rows, digest in connection.execute(
+                "SELECT checkpoint_id, rows, digest FROM seal WHERE name = ?", (table,)
+            )
+        }
+        return _compare(recorded, _added_up(table, _rows(connection, table)))
+    for of in checkpoints:
+        part = (table, of)
+        rows = connection.execute(f"SELECT * FROM {table} WHERE {BY_CHECKPOINT[table][1]} = ?", (of,))  # noqa: S608
+        if why := _compare({part: _recorded(connection, part)}, _added_up(table, rows)):
+            return why
+    return None
+
+
+def all_tables(connection: sqlite3.Connection) -> list[str]:
+    """Everything that is sealed, the schema first."""
+    return ["", *_tables(connection)]
+
+
+def _added_up(table: str, rows: Iterable[tuple[Any, ...]]) -> dict[Part, tuple[int, str]]:
+    """How many rows of each part there are, and their sum as the seal has it."""
+    found: dict[Part, list[int]] = {} if table in BY_CHECKPOINT else {(table, _WHOLE): [0, 0]}
+    for row in rows:
+        here = found.setdefault(_part(table, row), [0, 0])
+        here[0] += 1
+        here[1] += _digest(table, row)
+    return {part: (number, _text(total)) for part, (number, total) in found.items()}
+
+
+def _compare(recorded: dict[Part, tuple[int, str]], found: dict[Part, tuple[int, str]]) -> str | None:
+    for part in sorted(recorded.keys() | found.keys(), key=str):
+        before, now = recorded.get(part, _NOTHING), found.get(part, _NOTHING)
+        if before != now:
+            what = (f"table {part[0]}" if part[0] else "the schema") + (f", checkpoint {part[1]}," if part[1] else "")
+            if before[0] != now[0]:
+                return f"{what} has {now[0]} rows, and {before[0]} were written"
+            return f"{what} has other rows than were written"
+    return None
+
+
+def _recorded(connection: sqlite3.Connection, part: Part) -> tuple[int, str]:
+    row = connection.execute("SELECT rows, digest FROM seal WHERE name = ? AND checkpoint_id = ?", part).fetchone()
+    return _NOTHING if row is None else tuple(row)
+
+
+def _write(connection: sqlite3.Connection, part: Part, rows: int, total: str) -> None:
+    connection.execute(
+        "INSERT INTO seal (name, checkpoint_id, rows, digest) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (name, checkpoint_id) DO UPDATE SET rows = excluded.rows, digest = excluded.digest",
+        (*part, rows, total),
+    ).close()
+
+
+def _tables(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    ).fetchall()
+    return [name for (name,) in rows if name != "seal"]
+
+
+def _rows(connection: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...]]:
+    return connection.execute(f"SELECT * FROM {_quoted(table)}" if table else _SCHEMA)  # noqa: S608
+
+
+def _text(total: int) -> str:
+    return f"{total % _MODULUS:032x}"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _part(table: str, row: tuple[Any, ...]) -> Part:
+    return (table, row[BY_CHECKPOINT[table][0]]) if table in BY_CHECKPOINT else (table, _WHOLE)
+
+
+def _digest(table: str, row: tuple[Any, ...]) -> int:
+    """A number for a row that no other has; JSON tells 1 from 1.0 and from "1". A BLOB would be damage anyway."""
+    return int(Digest(json.dumps((table, *row), default=repr).encode()).text.partition(":")[2], 16)
