@@ -20,11 +20,11 @@ import ckptmgr
 
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
-    {"errors", "options", "durable", "lifecycle", "manifest"},
-    {"retention", "recovery", "resume"},
+    {"errors", "options", "durable", "lifecycle", "manifest", "filesystems"},
+    {"retention", "recovery", "resume", "storage"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
-    {"series", "commit"},
+    {"series", "commit", "doctor"},
     {"answers", "capture", "finalizer"},
     {"manager", "cli"},
 ]
@@ -181,6 +181,7 @@ def test_no_room_is_called_after_nothing():
         "import ckptmgr; ckptmgr.KeepLast, ckptmgr.SaveFailed, ckptmgr.CheckpointState, ckptmgr.Timeouts, dir(ckptmgr)",
         "import ckptmgr.journal, ckptmgr.rundir, ckptmgr.recovery, ckptmgr.resume, ckptmgr.retention, ckptmgr.cli",
         "import ckptmgr.writers.worker, ckptmgr.writers.jobs",
+        "import ckptmgr.doctor, ckptmgr.doctor.trials, ckptmgr.storage, ckptmgr.filesystems",
         "from ckptmgr.cli import main; main(['ls', '/nonexistent'])",
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_on_disk import Call, Run, S, start
 
-from ckptmgr import recovery
+from ckptmgr import recovery, storage
 from ckptmgr.cli import COMMANDS, build_parser
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.lifecycle import Format, RetirementMark
@@ -148,6 +148,13 @@ def test_every_finding_and_verdict_is_documented() -> None:
         assert text.startswith(FINDINGS[id.strip("`")])
 
 
+def test_every_finding_and_verdict_of_the_doctor_is_documented() -> None:
+    section = sections()["ckptmgr doctor"]
+
+    assert {row[0].strip("`"): row[1] for row in table(section, first="finding")} == dict(storage.FINDINGS)
+    assert [row[0].strip("`") for row in table(section, first="verdict")] == [each.value for each in storage.Verdict]
+
+
 def test_every_action_is_documented() -> None:
     (text,) = [row[2] for row in table(sections()["action"], first="field") if row[0] == "`action`"]
     kinds = [kind for kind in vars(recovery).values() if isinstance(kind, type) and hasattr(kind, "changes")]
@@ -273,6 +280,17 @@ def test_json_of_upgrade(run: Run, ckptmgr: Call) -> None:
     document["backup"] = document["backup"] or "a path"
 
     assert_documented("ckptmgr upgrade", [document])
+
+
+def test_json_of_doctor(ckptmgr: Call, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    documents = [
+        ckptmgr("doctor", tmp_path, "--need", "1GB", "--json").json,
+        ckptmgr("doctor", tmp_path / "new" / "run", "--journal", tmp_path / "elsewhere" / "j.db", "--json").json,
+    ]
+
+    assert_documented("ckptmgr doctor", documents)
+    assert [len(document["places"]) for document in documents] == [1, 2]
 
 
 def test_json_of_an_error(ckptmgr: Call, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import CheckConstraint
 
 import ckptmgr
-from ckptmgr import errors, manifest, options, rundir
+from ckptmgr import errors, filesystems, manifest, options, rundir, storage
 from ckptmgr.cli import COMMANDS
 from ckptmgr.journal import schema
 from ckptmgr.lifecycle import CheckpointState, Format
@@ -190,9 +190,28 @@ def test_rank_failures_are_documented_field_by_field() -> None:
 def test_every_finding_is_documented_with_its_meaning() -> None:
     text = read("docs/reference/findings.md")
 
-    assert {code(row[0]): row[2] for row in table(text, first="id")} == dict(FINDINGS)
-    explained = {name for line in re.findall(r"^(`R[0-9]+`.*)$", text, flags=re.MULTILINE) for name in codes(line)}
-    assert explained == set(FINDINGS)
+    assert {code(row[0]): row[2] for row in table(text, first="id")} == {**FINDINGS, **storage.FINDINGS}
+    explained = {name for line in re.findall(r"^(`[RD][0-9]+`.*)$", text, flags=re.MULTILINE) for name in codes(line)}
+    assert explained == {*FINDINGS, *storage.FINDINGS}
+
+
+def test_the_levels_that_a_finding_of_the_doctor_can_have_are_those_of_the_table() -> None:
+    rows = table(read("docs/reference/findings.md"), first="id")
+    levels = {code(row[0]): row[1].split(", ") for row in rows if code(row[0]) in storage.FINDINGS}
+
+    for judgement in storage.TRIALS.values():
+        assert judgement.worst.value in levels[judgement.id], judgement.id
+    known = {row.level.value for row in filesystems.FILE_SYSTEMS.values()}
+    assert set(levels["D002"]) == known
+    assert set(levels["D003"]) == {"ok", *(option.level.value for option in filesystems.OPTIONS)}
+    assert {level for each in levels.values() for level in each} == {level.value for level in filesystems.Level}
+
+
+def test_the_network_file_systems_that_ckptmgr_knows_are_listed() -> None:
+    listed = [row[0] for row in table(read("docs/howto/on-shared-storage.md"), first="file system")]
+    network = {row.name for row in filesystems.FILE_SYSTEMS.values() if row.kind is filesystems.Kind.NETWORK}
+
+    assert {"NFS", "Lustre", "GPFS", "BeeGFS", "CephFS", "SMB"} <= set(listed) <= network | {"FUSE", "object stores"}
 
 
 def test_every_verdict_is_documented() -> None:
