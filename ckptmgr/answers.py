@@ -12,6 +12,7 @@ from pathlib import Path
 from ckptmgr.commit import AFTER_COMMIT, Job
 from ckptmgr.errors import WaitTimeout
 from ckptmgr.lifecycle import CheckpointState
+from ckptmgr.resume import Finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Resumed:
     world_size: int
     metrics: Mapping[str, float]
     checkpoint_id: int
+    #: Why newer checkpoints were passed over: what speaks against each, newest first. Empty if this is the newest.
+    passed_over: tuple[Finding, ...] = ()
 
 
 class PendingSave:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import logging
 import math
@@ -28,7 +29,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ckptmgr import recovery
+from ckptmgr import recovery, verify
 from ckptmgr import resume as resumption
 from ckptmgr.answers import PendingSave, Resumed
 from ckptmgr.capture import Capture
@@ -48,6 +49,7 @@ from ckptmgr.errors import (
 from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format
+from ckptmgr.manifest import FileEntry
 from ckptmgr.options import Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
@@ -72,6 +74,8 @@ _CALLS: dict[str, tuple[str, ...]] = {
 #: Integers that each rank brings to a call; the same for all calls, so that different ones can be told apart.
 _ROW = 9
 MAX_STEP = 10**15
+#: Mismatches of one verification that the journal keeps.
+_NOTED = 100
 
 
 class CheckpointManager:
@@ -322,20 +326,22 @@ class CheckpointManager:
         series: str = "checkpoint",
         *,
         allow_older: bool = False,
-        verify_digests: bool = False,
+        verify_digests: bool = True,
     ) -> Resumed | None:
         """
         Load the newest committed checkpoint into *state*, in place. All ranks must call.
 
         Rank 0 decides from the journal alone and tells the others; directories without a committed row
-        do not exist. Tensors are resharded to how *state* is sharded now.
+        are never loaded. Before anything is loaded, every byte of the checkpoint is compared with what was
+        committed: each file is read once, by one of the ranks. Tensors are resharded to how *state* is
+        sharded now.
 
         Args:
             state: As given to ``save``, or less. Plain values are put back into it if it is mutable.
             step: A certain step instead of the newest.
             series: Which series.
             allow_older: Fall back to the next older safe checkpoint, with a warning, if the newest is not.
-            verify_digests: Read and check every byte first, not only names and sizes.
+            verify_digests: False compares names and sizes only, and hands damaged bytes to the training.
 
         Returns:
             What was loaded, or None if the series has no committed checkpoint and *step* is None.
@@ -345,6 +351,7 @@ class CheckpointManager:
             RanksDisagree: The ranks did not make the same call.
             UnsafeResume: The newest (or *step*) is damaged or does not fit this number of ranks; ``report`` says why.
             StateMismatch: *state* asks for something the checkpoint does not have.
+            JournalCorrupt: The journal is not what was written.
             CorruptCheckpoint: A file cannot be read.
         """
         with self._calling():
@@ -368,20 +375,31 @@ class CheckpointManager:
         if (previous := self._in_flight.get(series)) is not None:
             # What it commits is the newest, and what it retires must not be deleted while it is read.
             self._settle(previous, heard=True)
-        decided: Resumed | None = None
-        if self._ranks.rank == 0:
-            try:
-                decided = self._choose(series, step, strict, allow_older=allow_older, verify_digests=verify_digests)
-            except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
-                error = problem
-        self._ranks.all_or_none(error, f"choosing what to resume from {series}")
-        resumed: Resumed | None = self._ranks.broadcast(decided)
-        if resumed is None:
-            return None
+        verified: dict[int, tuple[str, ...]] = {}
+        while True:
+            decided: _Choice | None = None
+            if self._ranks.rank == 0:
+                try:
+                    decided = self._choose(series, step, strict, verified, allow_older=allow_older)
+                except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
+                    error = problem
+            self._ranks.all_or_none(error, f"choosing what to resume from {series}")
+            choice: _Choice | None = self._ranks.broadcast(decided)
+            if choice is None:
+                return None
+            resumed = choice.resumed
+            # One that turns out to be damaged is judged again with what is known now.
+            if not verify_digests or not (wrong := self._verify(choice)):
+                break
+            verified[resumed.checkpoint_id] = wrong
+        if self._ranks.rank == 0 and resumed.passed_over:
+            why = "; ".join(f"{finding.id} {finding.text}" for finding in resumed.passed_over)
+            log.warning("resuming from the older %s step %d: %s", series, resumed.step, why)
         plain: dict[str, Any] = {}
         try:
             same_world = resumed.world_size == self._ranks.world_size
-            plain = dcp.read(resumed.path, state, self._ranks.rank, same_world=same_world)
+            committed = {entry.path for entry in choice.files}
+            plain = dcp.read(resumed.path, state, self._ranks.rank, same_world=same_world, committed=committed)
         except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
             error = problem
         self._ranks.all_or_none(error, f"loading {resumed.path}")
@@ -638,35 +656,80 @@ class CheckpointManager:
         self._ranks.rebuild()
 
     def _choose(
-        self, series: str, step: int | None, strict: Sequence[str], *, allow_older: bool, verify_digests: bool
-    ) -> Resumed | None:
-        """Rank 0 only: which checkpoint to load, from the journal."""
+        self,
+        series: str,
+        step: int | None,
+        strict: Sequence[str],
+        verified: Mapping[int, tuple[str, ...]],
+        *,
+        allow_older: bool,
+    ) -> _Choice | None:
+        """
+        Rank 0 only: which checkpoint to load, from the journal.
+
+        *verified* has what differs in those whose bytes were compared, by attempt; of the others the sizes are,
+        newest first, as far as it takes to find a safe one.
+        """
         assert self._journal is not None
-        records = resumption.asked_of(self._journal, series, step)
-        live = sorted(
-            (r for r in records if r.series == series and r.is_live and step in (None, r.step)),
-            key=lambda r: r.commit_seq or 0,
-        )
-        if not live and step is None:
+        self._journal.require_intact()
+        asked = resumption.asked_of(self._journal, series, step)
+        live = {r.id: r for r in asked if r.series == series and r.is_live and step in (None, r.step)}
+        newest = max(live.values(), key=lambda r: r.commit_seq or 0, default=None)
+        looked = set() if newest is None else {newest.id}
+        while True:
+            found = self._rundir.listing([series], sizes_for={live[id].directory for id in looked})
+            at = {live[id].directory: wrong for id, wrong in verified.items() if id in live}
+            report = resumption.check(
+                recovery.with_traces(self._journal, asked, found),
+                [dataclasses.replace(one, mismatches=at.get(one.path, one.mismatches)) for one in found],
+                series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
+                files={id: self._journal.files(id) for id in looked},
+            )  # fmt: skip
+            record = report.chosen
+            if record is None or record.id in looked:
+                break
+            looked.add(record.id)
+        if report.verdict is resumption.Verdict.NONE and step is None:
             return None
-        wanted = [record.directory for record in (live if allow_older else live[-1:])]
-        found = self._rundir.listing(
-            [series], deep_for=wanted if verify_digests else (), sizes_for=() if verify_digests else wanted
-        )
-        records = recovery.with_traces(self._journal, records, found)
-        report = resumption.check(
-            records, found, series=series, step=step, world_size=self._ranks.world_size,
-            per_rank_used=strict, live_epoch=True,
-        )  # fmt: skip
-        record = report.chosen
         if record is None or not (report.newest_is_safe or allow_older):
-            errors = [finding for finding in report.all_findings if finding.level is resumption.Level.ERROR]
+            errors = report.passed_over or report.findings
             text = "; ".join(f"{finding.id} {finding.text}" for finding in errors[:3])
             raise UnsafeResume(f"not resuming from {series}: {text}", report=report)
-        if not report.newest_is_safe:
-            log.warning("resuming from the older %s step %d: the newest is not safe", series, record.step)
         path = self._rundir.absolute(record.directory)
-        return Resumed(series, record.step, path, record.world_size, dict(record.metrics), record.id)
+        metrics = dict(record.metrics)
+        resumed = Resumed(series, record.step, path, record.world_size, metrics, record.id, report.passed_over)
+        return _Choice(resumed, record.directory, tuple(self._journal.files(record.id)))
+
+    def _verify(self, choice: _Choice) -> tuple[str, ...]:
+        """What differs in a checkpoint from what was committed, every byte of it. All ranks must call."""
+        as_saved = choice.resumed.world_size == self._ranks.world_size
+        # A quarter: ranks that read wait for each other as in any other call, and must not pass for missing.
+        often = self._timeouts.collective_s / 4
+        wrong = verify.together(
+            self._ranks, self._rundir, choice.directory, choice.files, as_saved=as_saved, meet_every_s=often
+        )
+        if self._ranks.rank == 0:
+            self._note_verification(choice.resumed.checkpoint_id, wrong)
+        return wrong
+
+    def _note_verification(self, checkpoint_id: int, mismatches: Sequence[str]) -> None:
+        assert self._journal is not None
+        try:
+            self._journal.record_verification(
+                checkpoint_id, level="digest", ok=not mismatches, mismatches=mismatches[:_NOTED]
+            )
+        except CheckpointError as problem:
+            # A full disk must not keep a run from resuming.
+            log.warning("the journal does not say that attempt %d was verified: %s", checkpoint_id, problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What rank 0 has chosen: the answer if all goes well, its directory below the run's, and its files."""
+
+    resumed: Resumed
+    directory: str
+    files: tuple[FileEntry, ...]
 
 
 def _as_one(failures: Sequence[SaveFailed]) -> SaveFailed:

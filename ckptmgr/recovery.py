@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, assert_never
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
-from ckptmgr.manifest import MANIFEST_NAME
+from ckptmgr.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -68,6 +68,10 @@ class Found:
     #: None: not verified. Empty: every file of the manifest is there as listed.
     mismatches: tuple[str, ...] | None = None
     manifest_digest: str | None = None
+    #: The manifest that says what it holds.
+    manifest: Manifest | None = None
+    #: Where it was verified: names in it that its manifest does not list.
+    extra: tuple[str, ...] = ()
 
     @property
     def is_our_link(self) -> bool:

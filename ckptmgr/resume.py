@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
-from ckptmgr.manifest import MANIFEST_NAME
+from ckptmgr.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -34,10 +34,19 @@ FINDINGS: Mapping[str, str] = {
     "R008": "a directory is not known to the journal",
     "R009": "an attempt was interrupted, and recovery has not decided it yet",
     "R010": "a newer attempt is in flight",
+    "R011": "the journal and the manifest contradict each other",
+    "R012": "a published checkpoint that is newer than all others is not known to the journal",
+    "R013": "a file that was not committed stands in the directory of a checkpoint",
+    "R014": "meta.json or a latest link does not say what the journal says",
 }
-DAMAGE = frozenset({"R002", "R003", "R004", "R005"})
+DAMAGE = frozenset({"R002", "R003", "R004", "R005", "R011"})
 
 _SHOWN = 3
+_REBUILD = "move the journal and its -journal file away together, then `ckptmgr recover RUN --rebuild --apply`"
+_OVERLOOKED = (
+    "if the journal is an older copy, move it and its -journal file away together and run "
+    "`ckptmgr recover RUN --rebuild --apply`; if the directory does not belong here, move that away"
+)
 _RECOVER = "run `ckptmgr recover RUN` to see what would be done; opening a CheckpointManager does it"
 
 
@@ -126,14 +135,29 @@ class ResumeReport:
 
     @property
     def newest_is_safe(self) -> bool:
-        """Whether the newest committed checkpoint is the chosen one."""
-        return bool(self.candidates) and self.candidates[0].safe
+        """Whether the newest committed checkpoint is the chosen one, and no newer one is unknown to the journal."""
+        return bool(self.candidates) and self.candidates[0].safe and not self._overlooks_one
+
+    @property
+    def passed_over(self) -> tuple[Finding, ...]:
+        """What speaks against everything that is newer than the chosen one, or against all where none is chosen."""
+        chosen = self.chosen
+        newer: list[Finding] = [finding for finding in self.findings if finding.id == "R012"]
+        for candidate in self.candidates:
+            if candidate.record is chosen:
+                break
+            newer += candidate.findings
+        return tuple(finding for finding in newer if finding.level is Level.ERROR)
+
+    @property
+    def _overlooks_one(self) -> bool:
+        return any(finding.id == "R012" for finding in self.findings)
 
     @property
     def verdict(self) -> Verdict:
         """What it comes to, in one word."""
         if not self.candidates:
-            return Verdict.NONE
+            return Verdict.UNSAFE if self._overlooks_one else Verdict.NONE
         if self.newest_is_safe:
             return Verdict.SAFE
         if self.chosen is not None:
@@ -180,6 +204,7 @@ def check(
     world_size: int | None = None,
     per_rank_used: Container[str] | None = None,
     live_epoch: bool = False,
+    files: Mapping[int, Sequence[FileEntry]] | None = None,
 ) -> ResumeReport:
     """
     Judge every committed checkpoint of *series*. Pure and deterministic.
@@ -193,6 +218,7 @@ def check(
         world_size: The number of ranks that would resume; None if that is not known.
         per_rank_used: Which names of per-rank state would be loaded; None for all.
         live_epoch: Whether a manager has the run open, so that attempts in flight are its own.
+        files: What the journal recorded of each attempt's files, where that is to be compared with its manifest.
 
     Raises:
         InvalidArgument: A step or world size that cannot be one, a path listed twice, or a
@@ -213,11 +239,12 @@ def check(
         if record.id in moving and (item is None or item.holds != record.id):
             findings = [_moved_aside(record, live_epoch=live_epoch)]
         else:
-            findings = _on_disk(record, item)
+            findings = _on_disk(record, item, (files or {}).get(record.id))
         candidates.append(Candidate(record, (*findings, *_across_ranks(record, world_size, per_rank_used))))
     general = [] if candidates else [_nothing(series, step)]
     general += _attempts(asked, candidates, live_epoch=live_epoch)
-    general += _unknown(rows, at.values())
+    newest = max((candidate.record.id for candidate in candidates), default=0)
+    general += _unknown(rows, at.values(), newest=newest if step is None else None)
     return ResumeReport(series, tuple(candidates), tuple(general))
 
 
@@ -227,7 +254,7 @@ def _order(record: CheckpointRecord) -> int:
     return record.commit_seq
 
 
-def _on_disk(record: CheckpointRecord, item: Found | None) -> list[Finding]:
+def _on_disk(record: CheckpointRecord, item: Found | None, files: Sequence[FileEntry] | None) -> list[Finding]:
     if item is None or not item.is_directory:
         why = "is missing" if item is None else "is a link or a file, not a directory"
         return [_error("R002", record, f"{record.directory} {why}", "put it back, or resume from an older checkpoint")]
@@ -235,19 +262,40 @@ def _on_disk(record: CheckpointRecord, item: Found | None) -> list[Finding]:
     if item.holds is None:
         return [_error("R003", record, f"{record.directory} has no readable {MANIFEST_NAME} of this run", elsewhere)]
     if item.holds != record.id:
-        text = f"{record.directory} holds attempt {item.holds}, but attempt {record.id} was committed there"
+        text = (
+            f"{record.directory} holds attempt {item.holds}, as {MANIFEST_NAME} says; committed was attempt {record.id}"
+        )
         return [_error("R003", record, text, elsewhere)]
     by_id: dict[str, list[str]] = {}
     if None not in (item.manifest_digest, record.manifest_digest) and item.manifest_digest != record.manifest_digest:
         by_id["R003"] = [f"{MANIFEST_NAME} is not the one that was committed"]
+    elif item.manifest is not None and (contradictions := _contradictions(record, item.manifest, files)):
+        by_id["R011"] = contradictions
     for mismatch in item.mismatches or ():
         by_id.setdefault(_KIND_OF_MISMATCH.get(mismatch.partition(":")[0], "R004"), []).append(mismatch)
-    return [
-        _error(
-            id, record, f"{record.directory}: {_some(texts)}", "restore the files, or resume from an older checkpoint"
-        )
+    restore = "restore the files, or resume from an older checkpoint"
+    found = [
+        _error(id, record, f"{record.directory}: {_some(texts)}", _REBUILD if id == "R011" else restore)
         for id, texts in sorted(by_id.items())
     ]
+    if item.extra:
+        text = f"{record.directory} holds what was not committed: {_some(item.extra)}"
+        hint = "ckptmgr does not read it; move it away if other programs might"
+        found.append(Finding("R013", Level.WARNING, text, hint, record.series, record.step, record.id))
+    return found
+
+
+def _contradictions(record: CheckpointRecord, manifest: Manifest, files: Sequence[FileEntry] | None) -> list[str]:
+    """Where row and manifest differ, although the digest in the row is this manifest's."""
+    wrong = [
+        f"{MANIFEST_NAME} says {name} {theirs}, the journal {ours}"
+        for name in ("series", "step", "format", "world_size", "per_rank", "metrics", "bytes")
+        if (theirs := getattr(manifest, name)) != (ours := getattr(record, name))
+    ]
+    if files is not None:
+        differ = {entry.path for entry in {*manifest.files} ^ {*files}}
+        wrong += [f"{MANIFEST_NAME} and the journal differ on {path}" for path in sorted(differ)]
+    return wrong
 
 
 _KIND_OF_MISMATCH = {"missing": "R004", "size": "R004", "digest": "R005", "manifest": "R003"}
@@ -301,25 +349,32 @@ def _attempts(asked: Iterable[CheckpointRecord], candidates: Sequence[Candidate]
     return findings
 
 
-def _unknown(rows: Iterable[CheckpointRecord], found: Iterable[Found]) -> list[Finding]:
+def _unknown(rows: Sequence[CheckpointRecord], found: Iterable[Found], *, newest: int | None) -> list[Finding]:
+    """What no row accounts for. A checkpoint that was begun after attempt *newest* must not go unnoticed."""
     known = set()
     for record in rows:
         known |= {record.staging_directory, record.retired_directory}
         # A retired or failed row has no claim on the final name any more.
         if record.is_in_flight or (record.state is CheckpointState.COMMITTED and record.retired_at is None):
             known.add(record.directory)
-    return [
-        Finding(
-            "R008",
-            Level.INFO,
-            f"{item.path} is not known to the journal; it is never resumed from and never deleted",
-            "run `ckptmgr recover RUN` to see what it holds",
-            item.series,
-            item.step,
-        )
-        for item in sorted(found, key=lambda item: item.path)
-        if item.path not in known and not item.is_our_link
-    ]
+    attempts = {record.id for record in rows}
+    findings = []
+    for item in sorted(found, key=lambda item: item.path):
+        if item.path in known or item.is_our_link:
+            continue
+        text = f"{item.path} is not known to the journal; it is never resumed from and never deleted"
+        id, level, hint = "R008", Level.INFO, "run `ckptmgr recover RUN` to see what it holds"
+        if newest is not None and _is_published(item) and item.holds not in attempts and (item.holds or 0) > newest:
+            text = f"{item.path} holds attempt {item.holds} of this run, published, and the journal ends before it"
+            id, level, hint = "R012", Level.ERROR, _OVERLOOKED
+        findings.append(Finding(id, level, text, hint, item.series, item.step))
+    return findings
+
+
+def _is_published(item: Found) -> bool:
+    """Whether it stands under its final name with a manifest of this run that says so."""
+    manifest = item.manifest
+    return manifest is not None and item.path == f"{item.series}/{manifest.format.directory_name(manifest.step)}"
 
 
 def _error(id: str, record: CheckpointRecord, text: str, hint: str) -> Finding:
@@ -329,6 +384,31 @@ def _error(id: str, record: CheckpointRecord, text: str, hint: str) -> Finding:
 def _some(texts: Sequence[str]) -> str:
     more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
     return "; ".join(texts[:_SHOWN]) + more
+
+
+def of_projections(wrong: Sequence[str], series: str) -> tuple[Finding, ...]:
+    """Findings about ``meta.json`` and the latest links, from what `RunDirectory.stale_projections` found."""
+    hint = "nothing is decided by it; the next start of a manager or `ckptmgr recover RUN --apply` makes it anew"
+    return tuple(Finding("R014", Level.WARNING, text, hint, series) for text in wrong)
+
+
+def shares(files: Iterable[FileEntry], ranks: int, *, as_saved: bool) -> list[list[FileEntry]]:
+    """
+    Who reads which file, each once, when *ranks* ranks verify a checkpoint together.
+
+    Args:
+        files: All of them.
+        ranks: How many ranks there are.
+        as_saved: As many saved it: then each reads what it wrote, which it will load from its cache a moment
+            later. Else the sizes decide.
+    """
+    found: list[list[FileEntry]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for entry in sorted(files, key=lambda entry: (-entry.size, entry.path)):
+        rank = entry.rank if as_saved and entry.rank < ranks else load.index(min(load))
+        found[rank].append(entry)
+        load[rank] += entry.size
+    return found
 
 
 def _whole(name: str, value: object, least: int) -> None:

@@ -19,7 +19,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import Timeout, UnixFileLock
@@ -34,7 +34,7 @@ from ckptmgr.errors import (
     RunLocked,
     UnsafePath,
 )
-from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.lifecycle import CheckpointRecord, Format
 from ckptmgr.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Digest, FileEntry, Manifest, is_plain_relative
 from ckptmgr.recovery import Found, FoundKind
 
@@ -250,14 +250,16 @@ class RunDirectory:
             kind, step, epoch, attempt = _KINDS[match[4]], int(match[1]), int(match[2]), int(match[3])
         elif entry.is_symlink() and entry.name in (LATEST_NAME, _LATEST_SCRATCH):
             kind = FoundKind.LINK
-        holds = digest = mismatches = None
+        holds = digest = mismatches = ours = None
+        extra: tuple[str, ...] = ()
         if is_directory and kind is not FoundKind.OTHER:
             try:
                 manifest, digest = self.read_manifest(path)
                 if manifest.run_id == self.run_id() and manifest.series == series:
-                    holds = manifest.attempt
+                    holds, ours = manifest.attempt, manifest
                 if path in deep_for or path in sizes_for:
                     mismatches = self.verify(path, manifest.files, digests=path in deep_for)
+                    extra = self._extra(path, manifest.files)
             except CorruptCheckpoint:
                 pass
             except OSError as error:
@@ -266,7 +268,21 @@ class RunDirectory:
         return Found(
             path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
             is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
+            manifest=ours, extra=extra,
         )  # fmt: skip
+
+    def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:
+        """What stands in a checkpoint directory and was not committed: names relative to it."""
+        listed = {entry.path for entry in files} | {MANIFEST_NAME}
+        folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+        directory = self._inside(path)
+        names: list[str] = []
+        for root, below, here in os.walk(directory):
+            at = Path(root).relative_to(directory)
+            # A link to a directory is one of *below*, and is not walked into.
+            names += [name for one in (*here, *below) if (name := (at / one).as_posix()) not in listed | folders]
+            below[:] = [one for one in below if (at / one).as_posix() in folders]
+        return tuple(sorted(names))
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]:
         """
@@ -510,6 +526,29 @@ class RunDirectory:
             durable.remove_link(link)
         elif target is not None and target != current:
             durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
+
+    def stale_projections(self, run_id: str, live: Sequence[CheckpointRecord]) -> list[str]:
+        """
+        What ``meta.json`` and the latest links say that the journal does not, in words, each naming the file.
+
+        One that is missing says nothing wrong.
+        """
+        lists: dict[str, list[str]] = {}
+        for record in sorted(live, key=lambda record: record.commit_seq or 0):
+            lists.setdefault(f"{record.series}_list", []).append(record.directory)
+        said = self.read_meta()
+        wrong = []
+        if said is None:
+            wrong += [f"{META_NAME} cannot be read"] if self.exists(META_NAME) else []
+        elif {name: value for name, value in said.items() if value} != {"run_id": run_id, **lists}:
+            wrong.append(f"{META_NAME} does not list what is committed")
+        for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
+            newest = lists[f"{name}_list"][-1].rpartition("/")[2]
+            link = self._inside(f"{name}/{LATEST_NAME}")
+            target = str(link.readlink()) if link.is_symlink() else None
+            if os.path.lexists(link) and target != newest:
+                wrong.append(f"{name}/{LATEST_NAME} is {'no link' if target is None else target}, not {newest}")
+        return wrong
 
     # -- inside ---------------------------------------------------------------------------------
 

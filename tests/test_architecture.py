@@ -25,7 +25,7 @@ LAYERS = [
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
     {"series", "commit", "doctor"},
-    {"answers", "capture", "finalizer"},
+    {"answers", "capture", "finalizer", "verify"},
     {"manager", "cli"},
 ]
 ALSO = {

@@ -71,6 +71,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
             )
             for name in (series, *others)
         ]
+        if rundir.path.is_dir() and target.live_epoch(journal) is None:
+            # While a manager runs they may lag behind for a moment.
+            stale = rundir.stale_projections(journal.run_id, journal.checkpoints(live_only=True))
+            report = dataclasses.replace(report, findings=(*report.findings, *resume.of_projections(stale, series)))
         about = target.document(rundir, journal.run_id)
     damaged = args.deep and any(candidate.damaged for one in (report, *beside) for candidate in one.candidates)
     code = Exit.CORRUPT if damaged and report.verdict is Verdict.SAFE else status(report)
@@ -103,6 +107,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             for finding in findings
         )
     out.line(verdict_line(report, rundir))
+    if report.chosen is not None and not args.deep:
+        out.note("only names and sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
     if code is Exit.CORRUPT and report.verdict is Verdict.SAFE:
         out.line(Painted("but damage was found: see the errors above", "red"))
     return code
@@ -147,6 +153,7 @@ def judge(
                 step=step,
                 world_size=world_size,
                 live_epoch=target.live_epoch(journal) is not None,
+                files={record.id: journal.files(record.id) for record in live},
             )
     raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
 

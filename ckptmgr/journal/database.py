@@ -223,6 +223,9 @@ def translated(path: Path) -> Iterator[None]:
         raise JournalError(f"{path}: {error}") from error
     except SQLAlchemyError as error:
         raise JournalError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        # Where a name in the schema is damaged, the driver stumbles over SQLite's own message about it.
+        raise _damaged(path, f"text in it is no UTF-8: {error}") from error
     except (OverflowError, UnicodeEncodeError) as error:
         raise InvalidArgument(f"the journal cannot hold this value: {error}") from error
 

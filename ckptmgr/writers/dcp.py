@@ -20,7 +20,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,9 @@ def per_rank_name(rank: int) -> str:
     return f"per-rank-{rank}.pt"
 
 
-def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -> dict[str, Any]:
+def read(
+    directory: Path, state: states.State, rank: int, *, same_world: bool, committed: Container[str] | None = None
+) -> dict[str, Any]:
     """
     Load a DCP checkpoint into *state*, in place, resharding to how *state* is sharded now.
 
@@ -293,6 +295,7 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         state: As given to ``save``; tensors are overwritten, objects get ``load_state_dict``.
         rank: Whose `PerRank` state to give back.
         same_world: Whether the number of ranks is the one that saved.
+        committed: The names of its files, so that nothing is read that was put there later; None if not known.
 
     Returns:
         The plain values read, by name, for the caller to put where it wants.
@@ -308,7 +311,7 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         raise StateMismatch(f"{sorted(wanted)} was saved by another number of ranks", missing=tuple(sorted(wanted)))
     if wanted:
         path = directory / per_rank_name(rank)
-        stored = states.load(_read_bytes(path), str(path)) if path.exists() else {}
+        stored = states.load(_read_bytes(path), str(path)) if _is_there(path, committed) else {}
         if missing := sorted(wanted.keys() - stored.keys()):
             raise StateMismatch(f"the checkpoint has no per-rank state for {missing}", missing=tuple(missing))
     plain: dict[str, Any] = {}
@@ -317,7 +320,8 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
         metadata = reader.read_metadata()
         states.ready_optimizers(shared)
         target = states.take(shared)
-        mappings = _Mappings.read(directory / MAPPINGS_NAME)
+        path = directory / MAPPINGS_NAME
+        mappings = _Mappings.read(path) if _is_there(path, committed) else _Mappings()
         _shape_to(metadata, shared, target, mappings)
         if missing := [fqn for fqn in flatten_state_dict(target)[0] if fqn not in metadata.state_dict_metadata]:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -343,6 +347,10 @@ def read(directory: Path, state: states.State, rank: int, *, same_world: bool) -
     for name, value in wanted.items():
         value.give_back(stored[name])
     return plain
+
+
+def _is_there(path: Path, committed: Container[str] | None) -> bool:
+    return path.exists() if committed is None else path.name in committed
 
 
 def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, Any], mappings: _Mappings) -> None:
@@ -453,13 +461,11 @@ class _Mappings:
     @classmethod
     def read(cls, path: Path) -> _Mappings:
         """
-        Read ``mappings.json``; nothing is told where it is missing.
+        Read ``mappings.json``.
 
         Raises:
             CorruptCheckpoint: It is something else.
         """
-        if not path.exists():
-            return cls()
         try:
             body = json.loads(_read_bytes(path))
             return cls(*(frozenset(tuple(entry) for entry in body[field]) for field in ("integer_keys", "empty")))

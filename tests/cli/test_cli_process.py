@@ -175,7 +175,9 @@ def test_a_usage_error_ends_with_2_says_so_on_stderr_and_as_json_if_asked(ckptmg
 
 
 @pytest.mark.parametrize("words", ABOUT_A_RUN, ids=" ".join)
-def test_without_a_journal_every_command_about_a_run_ends_with_10(ckptmgr: Call, tmp_path: Path, words: list[str]) -> None:
+def test_without_a_journal_every_command_about_a_run_ends_with_10(
+    ckptmgr: Call, tmp_path: Path, words: list[str]
+) -> None:
     (tmp_path / "alpha").mkdir()
     command, *flags = words
 

@@ -8,11 +8,14 @@ import json
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptmgr.errors import InvalidArgument, UnsafeResume
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format
+from ckptmgr.manifest import FileEntry, Manifest
 from ckptmgr.recovery import Found, FoundKind
-from ckptmgr.resume import DAMAGE, FINDINGS, Candidate, Level, ResumeReport, Verdict, check
+from ckptmgr.resume import DAMAGE, FINDINGS, Candidate, Level, ResumeReport, Verdict, check, of_projections, shares
 
 S = CheckpointState
 DIGEST = "xxh3_128:" + "1" * 32
@@ -121,7 +124,7 @@ def test_every_error_is_of_a_known_id_and_has_a_hint():
 
 
 def test_findings_have_one_meaning_each():
-    assert [f"R{number:03}" for number in range(1, 11)] == list(FINDINGS)
+    assert [f"R{number:03}" for number in range(1, 15)] == list(FINDINGS)
     assert len(set(FINDINGS.values())) == len(FINDINGS)
     assert FINDINGS.keys() > DAMAGE
 
@@ -432,3 +435,157 @@ def test_a_path_that_is_found_twice_is_refused():
 def test_a_committed_row_without_its_place_in_the_order_is_refused():
     with pytest.raises(InvalidArgument, match="no commit number"):
         checked([record(1, 10, commit_seq=None)], [])
+
+
+# --- journal and manifest
+
+
+FILES = (FileEntry("a", 3, "xxh3_128:" + "a" * 32, 0), FileEntry("b", 4, "xxh3_128:" + "b" * 32, 1))
+
+
+def manifest_of(row: CheckpointRecord, **facts) -> Manifest:
+    known = {
+        "run_id": "r", "series": row.series, "step": row.step, "attempt": row.id, "epoch": 1, "format": row.format,
+        "world_size": row.world_size, "created_at": 1.0, "files": FILES, "per_rank": row.per_rank,
+        "metrics": row.metrics,
+    }  # fmt: skip
+    return Manifest(**{**known, **facts})
+
+
+#: What a manifest may say besides what its row says, and the words that tell.
+OTHER = {
+    "step": ({"step": 21}, "step 21, the journal 20"),
+    "series": ({"series": "other"}, "series other, the journal checkpoint"),
+    "format": ({"format": Format.HUGGINGFACE}, "format hf, the journal dcp"),
+    "world_size": ({"world_size": 4}, "world_size 4, the journal 8"),
+    "per_rank": ({"per_rank": ("data",)}, "per_rank"),
+    "metrics": ({"metrics": {"loss": 1.0}}, "metrics"),
+    "bytes": ({"files": (FILES[0],)}, "bytes 3, the journal 7"),
+    "digest": ({"files": (FILES[0], dataclasses.replace(FILES[1], digest="xxh3_128:" + "c" * 32))}, "differ on b"),
+    "rank": ({"files": (FILES[0], dataclasses.replace(FILES[1], rank=7))}, "differ on b"),
+    "name": ({"files": (FILES[0], dataclasses.replace(FILES[1], path="c"))}, "differ on b; ckptmgr.json and"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_row_and_its_manifest_that_contradict_each_other_are_damage(what):
+    facts, words = OTHER[what]
+    rows = [record(1, 10, bytes=7), record(2, 20, bytes=7)]
+    found = [at(rows[0], manifest=manifest_of(rows[0])), at(rows[1], manifest=manifest_of(rows[1], **facts))]
+    report = checked(rows, found, files={1: FILES, 2: FILES})
+    (finding,) = report.candidates[0].findings
+
+    assert (finding.id, finding.level, report.verdict) == ("R011", Level.ERROR, Verdict.OLDER)
+    assert report.candidates[0].damaged
+    assert words in finding.text
+    assert "checkpoint/step-20: ckptmgr.json" in finding.text
+    assert report.candidates[1].findings == ()
+
+
+def test_the_files_are_only_compared_where_the_journal_was_asked():
+    row = record(2, 20, bytes=7)
+    found = [at(row, manifest=manifest_of(row, files=(FILES[1], dataclasses.replace(FILES[0], path="c"))))]
+
+    assert ids(checked([row], found)) == []
+    assert ids(checked([row], found, files={2: FILES})) == ["R011"]
+
+
+def test_another_manifest_is_not_compared_any_further():
+    row = record(2, 20)
+    found = at(row, manifest_digest="xxh3_128:" + "2" * 32, manifest=manifest_of(row, step=21))
+
+    assert ids(checked([row], [found])) == ["R003"]
+
+
+# --- what the journal does not know
+
+
+def test_a_published_checkpoint_that_is_newer_than_the_journal_is_never_passed_over_in_silence():
+    rows = [record(1, 10, bytes=7)]
+    newer = record(2, 20)
+    found = [at(rows[0]), at(newer, manifest=manifest_of(newer))]
+    report = checked(rows, found)
+
+    assert (report.verdict, report.newest_is_safe, report.chosen) == (Verdict.OLDER, False, rows[0])
+    assert [finding.id for finding in report.passed_over] == ["R012"]
+    assert "checkpoint/step-20" in report.passed_over[0].text
+    assert "--rebuild" in report.passed_over[0].hint
+    assert checked([], found[1:]).verdict is Verdict.UNSAFE
+
+
+def test_what_is_older_or_no_published_checkpoint_is_only_mentioned():
+    rows = [record(2, 20, bytes=7)]
+    older, newer = record(1, 10), record(3, 30)
+    strangers = [
+        at(older, manifest=manifest_of(older)),
+        at(newer),
+        at(newer, path="checkpoint/step-31", manifest=manifest_of(newer)),
+        at(
+            newer, path="checkpoint/.step-30.e1.a3.quarantined", kind=FoundKind.QUARANTINED, manifest=manifest_of(newer)
+        ),
+    ]
+    for stranger in strangers:
+        report = checked(rows, [at(rows[0]), stranger])
+
+        assert (ids(report), report.verdict) == (["R008"], Verdict.SAFE), stranger.path
+    failed = record(3, 30, S.FAILED, reason="full")
+    report = checked([*rows, failed], [at(rows[0]), at(failed, manifest=manifest_of(failed))])
+    assert (ids(report), report.verdict) == (["R007", "R008"], Verdict.SAFE)
+
+
+def test_who_asks_for_a_step_is_not_told_of_newer_ones():
+    rows = [record(1, 10, bytes=7)]
+    newer = record(2, 20)
+    report = checked(rows, [at(rows[0]), at(newer, manifest=manifest_of(newer))], step=10)
+
+    assert report.verdict is Verdict.SAFE
+
+
+# --- what was not committed, and what is made from the journal
+
+
+def test_files_that_were_not_committed_are_named_and_prevent_nothing():
+    row = record(1, 10)
+    report = checked([row], [at(row, extra=("adapter_config.json", "per-rank-9.pt"))])
+    (finding,) = report.candidates[0].findings
+
+    assert (finding.id, finding.level, report.verdict) == ("R013", Level.WARNING, Verdict.SAFE)
+    assert "adapter_config.json; per-rank-9.pt" in finding.text
+
+
+def test_projections_that_lie_are_warnings():
+    (finding,) = of_projections(["meta.json does not list what is committed"], "checkpoint")
+
+    assert (finding.id, finding.level) == ("R014", Level.WARNING)
+    assert "meta.json" in finding.text
+
+
+def test_passed_over_is_what_speaks_against_newer_ones_and_nothing_else():
+    rows = [record(1, 10), record(2, 20), record(3, 30), record(4, 40, S.FAILED, reason="full")]
+    found = [at(rows[0], mismatches=("digest: z",)), at(rows[1], extra=("x",)), at(rows[2], mismatches=("digest: a",))]
+    report = checked(rows, found)
+
+    assert report.chosen == rows[1]
+    assert [(finding.id, finding.step) for finding in report.passed_over] == [("R005", 30)]
+    nothing = checked(rows[:1], found[:1])
+    assert (nothing.chosen, [finding.id for finding in nothing.passed_over]) == (None, ["R005"])
+
+
+# --- who reads what
+
+
+def test_ranks_read_what_they_wrote_if_they_are_as_many():
+    assert shares(FILES, 2, as_saved=True) == [[FILES[0]], [FILES[1]]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(0, 9)), max_size=40), st.integers(1, 9), st.booleans())
+def test_every_file_is_read_once_and_the_sizes_are_shared_out(sizes, ranks, as_saved):
+    files = [FileEntry(f"f{n}", size, "d", rank) for n, (size, rank) in enumerate(sizes)]
+    found = shares(files, ranks, as_saved=as_saved)
+
+    assert len(found) == ranks
+    assert sorted(entry.path for share in found for entry in share) == sorted(entry.path for entry in files)
+    assert found == shares(files[::-1], ranks, as_saved=as_saved)
+    if not as_saved:
+        load = [sum(entry.size for entry in share) for share in found]
+        assert max(load) - min(load) <= max((entry.size for entry in files), default=0)
