@@ -459,6 +459,9 @@ def test_open_directories_and_open_umasks_are_warned_of(tmp_path: Path) -> None:
         ("rename:error=EXDEV", {"D011": "error", "D022": "warning"}),
         ("fallocate:error=EOPNOTSUPP", {}),
         ("fallocate:error=EIO", {"D010": "error"}),
+        ("fallocate:retval=0", {"D010": "error"}),
+        ("rename:retval=0", {"D011": "error", "D022": "warning"}),
+        ("renameat2:retval=0", {"D012": "error", "D013": "error", "D014": "error"}),
         ("symlink:error=EPERM", {"D022": "warning"}),
         ("mkdir:error=EACCES", {"D004": "error"}),
         ("mkdir:error=EDQUOT", {"D006": "error"}),
@@ -490,17 +493,27 @@ def test_calls_that_are_missing_are_said_and_done_without(tmp_path: Path) -> Non
     assert with_fault("fallocate:error=EOPNOTSUPP", tmp_path / "trace", place).levels()["D010"] == "info"
 
 
-FCNTL = r"""
+def test_an_fsync_that_lies_cannot_be_seen_and_that_is_said(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    seen = with_fault("fsync:retval=0", tmp_path / "trace", place)
+
+    assert seen.levels()["D015"] in ("ok", "info")
+    assert "cannot be seen from here" in seen.text("D015")
+
+
+#: Faults that strace cannot put in: Python itself needs fcntl when it starts, and flags cannot be changed.
+SHIM = r"""
     #define _GNU_SOURCE
     #include <dlfcn.h>
     #include <errno.h>
     #include <fcntl.h>
     #include <stdarg.h>
     #include <stdlib.h>
+    static const char *mode(void) { const char *it = getenv("TEST_FAULT"); return it ? it : ""; }
     static int answer(const char *name, int fd, int cmd, void *arg) {
-        const char *mode = getenv("TEST_FCNTL");
-        if (mode && (cmd == F_SETLK || cmd == F_SETLKW || cmd == F_GETLK)) {
-            if (*mode == 'l') { if (cmd == F_GETLK) ((struct flock *)arg)->l_type = F_UNLCK; return 0; }
+        if ((*mode() == 'l' || *mode() == 'r') && (cmd == F_SETLK || cmd == F_SETLKW || cmd == F_GETLK)) {
+            if (*mode() == 'l') { if (cmd == F_GETLK) ((struct flock *)arg)->l_type = F_UNLCK; return 0; }
             errno = ENOLCK;
             return -1;
         }
@@ -515,23 +528,43 @@ FCNTL = r"""
         va_list list; va_start(list, cmd); void *arg = va_arg(list, void *); va_end(list);
         return answer("fcntl64", fd, cmd, arg);
     }
+    int open64(const char *path, int flags, ...) {
+        va_list list; va_start(list, flags); int bits = va_arg(list, int); va_end(list);
+        int (*real)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
+        return real(path, *mode() == 'e' ? flags & ~O_EXCL : flags, bits);
+    }
 """
+
+
+def with_shim(mode: str, folder: Path) -> Seen:
+    """Try the folder ``place`` with a fault put into the C library's calls."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc to put faults into calls of the C library")
+    (folder / "place").mkdir()
+    (folder / "shim.c").write_text(textwrap.dedent(SHIM))
+    shim = folder / "shim.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, folder / "shim.c", "-ldl"], check=True)
+    return doctor(folder / "place", env={"LD_PRELOAD": str(shim), "TEST_FAULT": mode})
+
+
+def errors(seen: Seen) -> set[str]:
+    return {id for id, level in seen.levels().items() if level == "error"} - {"D002"}
+
+
+def test_an_exclusive_create_that_is_none_is_found(tmp_path: Path) -> None:
+    seen = with_shim("exclusive", tmp_path)
+
+    assert "D008" in errors(seen)
+    assert "created twice" in seen.text("D008")
 
 
 @pytest.mark.parametrize("mode", ["lie", "refuse"])
 def test_fcntl_locks_that_do_not_hold_or_do_not_exist_are_found_by_both_who_need_them(
     tmp_path: Path, mode: str
 ) -> None:
-    if shutil.which("gcc") is None:
-        pytest.skip("needs gcc to put faults into fcntl, which Python itself calls while it starts")
-    (tmp_path / "place").mkdir()
-    (tmp_path / "shim.c").write_text(textwrap.dedent(FCNTL))
-    shim = tmp_path / "shim.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
-    seen = doctor(tmp_path / "place", env={"LD_PRELOAD": str(shim), "TEST_FCNTL": mode})
+    seen = with_shim(mode, tmp_path)
 
-    errors = {id for id, level in seen.levels().items() if level == "error"} - {"D002"}
-    assert errors == {"D018", "D020"}
+    assert errors(seen) == {"D018", "D020"}
     assert ("two processes" in seen.text("D018"), "two processes" in seen.text("D020")) == (
         mode == "lie",
         mode == "lie",

@@ -112,7 +112,7 @@ def test_an_interrupt_of_a_doctor_that_is_stuck_ends_soon(mounts: Mounts) -> Non
     assert child.returncode == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_doctor_that_is_killed_leaves_nothing_as_its_child_cleans_up(mounts: Mounts, number: int) -> None:
     point, behind, server = mounts.bindfs()
     with running(point) as child:
