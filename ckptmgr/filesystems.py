@@ -346,7 +346,7 @@ def mount_over(mounts: Iterable[Mount], path: str) -> Mount | None:
 def file_system(mount: Mount) -> FileSystem:
     """What is known of the file system of *mount*."""
     kind, _, program = mount.type.partition(".")
-    if mount.type == "fuse" and not mount.source.startswith("/"):
+    if mount.type == "fuse":
         # A program that gives the mount no type of its own often names itself as the source.
         program = re.split(r"[:#@ ]", mount.source, maxsplit=1)[0].lower()
     known = FILE_SYSTEMS.get(f"{kind}.{program}" if program else kind) or FILE_SYSTEMS.get(kind)

@@ -398,7 +398,7 @@ class _Judgement:
 TRIALS: Mapping[str, _Judgement] = {
     "enter": _Judgement(
         "D004", "directories can be created here", "", "nothing can be created here: {}",
-        "give the user of the training write permission, or choose another directory"),
+        "see whether it is mounted, and whether the user of the training may write there"),
     "create": _Judgement(
         "D008", "a name is created once: a second create is refused, in this process and in another",
         "a name can be created twice: {}", "files cannot be created: {}"),

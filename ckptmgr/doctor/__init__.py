@@ -110,7 +110,7 @@ def _by_number(descriptor: int) -> Mount | None:
         number = re.search(r"^mnt_id:\s*([0-9]+)$", read_kernel(f"/proc/self/fdinfo/{descriptor}"), re.MULTILINE)
     except OSError:
         return None
-    return _mounts().get(int(number[1])) if number is not None else None
+    return mounts().get(int(number[1])) if number is not None else None
 
 
 def _by_magic(descriptor: int, path: Path) -> Mount | None:
@@ -122,7 +122,8 @@ def _by_magic(descriptor: int, path: Path) -> Mount | None:
     return Mount(MAGIC[magic], "", str(path)) if magic in MAGIC else None
 
 
-def _mounts() -> dict[int, Mount]:
+def mounts() -> dict[int, Mount]:
+    """What is mounted where, by the number of the mount; nothing if /proc is not there."""
     try:
         return parse_mountinfo(read_kernel("/proc/self/mountinfo"))
     except OSError:
@@ -146,12 +147,13 @@ def _try(
     child = _Child(["try", directory, ",".join(holds), repr(timeout_s), file])
     left = None
     try:
-        wait_s, until = _START_S, time.monotonic() + _START_S + _STEPS_AT_MOST * timeout_s
-        while (message := child.next(wait_s)) is not None:
+        message = child.next(_START_S)
+        until = time.monotonic() + _STEPS_AT_MOST * timeout_s
+        while message is not None:
             told.take(message)
-            wait_s = timeout_s
             if time.monotonic() > until:
                 raise _Stuck(f"all of it takes more than {_STEPS_AT_MOST * timeout_s:g} s")
+            message = child.next(timeout_s)
         if not told.done:
             status = child.status()
             if status is not None and status >= 0:
@@ -175,7 +177,7 @@ class _Account:
     def __init__(self, directory: str, holds: Sequence[Role], progress: Progress | None) -> None:
         self._directory = directory
         self._progress = progress
-        mount = mount_over(_mounts().values(), directory)
+        mount = mount_over(mounts().values(), directory)
         self.facts: dict[str, Any] = {
             "asked": directory, "path": "", "missing": 0, "holds": tuple(holds), "mount": mount,
         }  # fmt: skip

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptmgr import durable
-from ckptmgr.doctor import mount_of, read_kernel
+from ckptmgr.doctor import mount_of, mounts, read_kernel
 from ckptmgr.errors import CheckpointError, InvalidArgument, RunLocked
-from ckptmgr.filesystems import Mount
+from ckptmgr.filesystems import Mount, mount_over
 from ckptmgr.journal import trial as sqlite
 from ckptmgr.rundir import RUN_ID_NAME, RunDirectory
 from ckptmgr.storage import Outcome, Role, Trial
@@ -162,10 +162,17 @@ class _Trials:
     def _look(self, directory: str, file: str) -> Path | None:
         """Say what can be seen without changing anything; returns where to make trials, or None if that cannot be."""
         path, missing, refused = _nearest(directory)
+        numbers: dict[str, float] = {}
+        leftovers: list[dict[str, Any]] = []
         if file and os.path.isdir(file):  # noqa: PTH112
             raise InvalidArgument(f"{file} is a directory", hint="name the journal's file, which need not exist")
         journal_in = None
-        mount = mount_of(path)
+        mount = mount_of(path) or mount_over(mounts().values(), str(path))
+        if refused is None:
+            try:
+                numbers, leftovers = _numbers(path, mount), _leftovers(path)
+            except OSError as error:
+                refused = error
         is_run = len(self._holds) > 1 and not missing and os.path.lexists(path / RUN_ID_NAME)
         if is_run and mount_of(path.parent) != mount:
             # A run's journal stands beside it: elsewhere, if the run directory is a mount of its own.
@@ -176,8 +183,8 @@ class _Trials:
             "missing": missing,
             "holds": self._holds,
             "mount": dataclasses.asdict(mount) if mount is not None else None,
-            "numbers": {} if refused else _numbers(path, mount),
-            "leftovers": [] if refused else _leftovers(path),
+            "numbers": numbers,
+            "leftovers": leftovers,
         }
         _say(place=place, journal_in=journal_in)
         if refused is None:
@@ -660,7 +667,10 @@ def _nearest(directory: str) -> tuple[Path, int, OSError | None]:
     """
     Where *directory* is, without links: itself or its nearest parent that exists, and how many are missing.
 
-    The third is the error if nothing can be told because a directory above it may not be entered.
+    The third is the error if that cannot be told: no permission, or storage that is out of order.
+
+    Raises:
+        InvalidArgument: It can never be a directory.
     """
     path, missing = Path(os.path.realpath(directory)), 0
     while True:
@@ -668,10 +678,10 @@ def _nearest(directory: str) -> tuple[Path, int, OSError | None]:
             mode = path.stat().st_mode
         except FileNotFoundError:
             path, missing = path.parent, missing + 1
-        except PermissionError as error:
-            return path, missing, error
         except OSError as error:
-            raise InvalidArgument(f"{directory} cannot be used: {error.strerror}") from error
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise InvalidArgument(f"{directory} cannot be used: {error.strerror}") from error
+            return path, missing, error
         else:
             if not stat.S_ISDIR(mode):
                 hint = "give a run directory, or the directory where one would go; --journal names a journal"

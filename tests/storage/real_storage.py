@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -110,6 +111,8 @@ def made_in(directory: Path) -> list[str]:
 
 
 def _ran(*words: str | Path) -> None:
+    if shutil.which(str(words[0])) is None:
+        pytest.skip(f"needs {words[0]}")
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     if done.returncode:
         pytest.skip(f"{words[0]} cannot do this here: {(done.stderr or done.stdout).strip()[:200]}")
@@ -145,6 +148,14 @@ class Mounts:
         _ran("mkfs.ext4", "-q", *options, image)
         return self.mount("-o", "loop", image)
 
+    def xfs(self) -> Path:
+        """A fresh XFS in a file, which takes a small part of its size."""
+        image = self._new("image") / "disk"
+        with image.open("wb") as file:
+            file.truncate(320 << 20)
+        _ran("mkfs.xfs", "-q", image)
+        return self.mount("-o", "loop", image)
+
     def exfat(self) -> Path:
         """A fresh exFAT behind FUSE: a file system that does not tell upper from lower case."""
         if shutil.which("mount.exfat-fuse") is None or shutil.which("mkfs.exfat") is None:
@@ -172,7 +183,7 @@ class Mounts:
         process = subprocess.Popen(["bindfs", "-f", str(behind), str(point)], stderr=subprocess.PIPE)
 
         def end() -> None:
-            process.send_signal(18)  # SIGCONT, or it could not be unmounted
+            process.send_signal(signal.SIGCONT)  # or it could not be unmounted
             until(lambda: not trials_of(point))
             subprocess.run(["umount", str(point)], check=True, timeout=DEADLINE_S)
             process.communicate(timeout=DEADLINE_S)

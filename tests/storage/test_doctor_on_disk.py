@@ -333,6 +333,24 @@ def test_a_disk_whose_cache_is_not_flushed_is_a_warning(mounts: Mounts) -> None:
     assert "barrier" in seen.text("D003")
 
 
+def test_xfs_can_be_trusted(mounts: Mounts) -> None:
+    seen = doctor(mounts.xfs(), "--need", "1MB")
+
+    assert (seen.code, seen.document["verdict"], seen.bad()) == (0, "trusted", {})
+    assert seen.document["places"][0]["file_system"] == "XFS"
+
+
+@pytest.mark.parametrize("volatile", [False, True])
+def test_layers_are_a_warning_and_an_error_if_they_are_never_synced(mounts: Mounts, volatile: bool) -> None:
+    disk = mounts.ext4()
+    for name in ("lower", "upper", "work"):
+        (disk / name).mkdir()
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work" + (",volatile" if volatile else "")
+    seen = doctor(mounts.mount("-t", "overlay", "overlay", "-o", options), "--need", "1MB")
+
+    assert seen.bad() == {"D002": "warning"} | ({"D003": "error"} if volatile else {})
+
+
 def test_a_folder_behind_fuse_is_named_and_tried(mounts: Mounts) -> None:
     point, behind, _ = mounts.bindfs()
     seen = doctor(point, "--need", "1MB")
@@ -510,6 +528,7 @@ SHIM = r"""
     #include <fcntl.h>
     #include <stdarg.h>
     #include <stdlib.h>
+    #include <unistd.h>
     static const char *mode(void) { const char *it = getenv("TEST_FAULT"); return it ? it : ""; }
     static int answer(const char *name, int fd, int cmd, void *arg) {
         if ((*mode() == 'l' || *mode() == 'r') && (cmd == F_SETLK || cmd == F_SETLKW || cmd == F_GETLK)) {
@@ -528,10 +547,13 @@ SHIM = r"""
         va_list list; va_start(list, cmd); void *arg = va_arg(list, void *); va_end(list);
         return answer("fcntl64", fd, cmd, arg);
     }
+    static pid_t started;
+    __attribute__((constructor)) static void start(void) { started = getpid(); }
     int open64(const char *path, int flags, ...) {
         va_list list; va_start(list, flags); int bits = va_arg(list, int); va_end(list);
         int (*real)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
-        return real(path, *mode() == 'e' ? flags & ~O_EXCL : flags, bits);
+        int lie = *mode() == 'e' || (*mode() == 'f' && getpid() != started);
+        return real(path, lie ? flags & ~O_EXCL : flags, bits);
     }
 """
 
@@ -551,8 +573,9 @@ def errors(seen: Seen) -> set[str]:
     return {id for id, level in seen.levels().items() if level == "error"} - {"D002"}
 
 
-def test_an_exclusive_create_that_is_none_is_found(tmp_path: Path) -> None:
-    seen = with_shim("exclusive", tmp_path)
+@pytest.mark.parametrize("mode", ["everywhere", "forked"])
+def test_an_exclusive_create_that_is_none_is_found(tmp_path: Path, mode: str) -> None:
+    seen = with_shim(mode, tmp_path)
 
     assert "D008" in errors(seen)
     assert "created twice" in seen.text("D008")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from real_storage import Mounts, doctor, made_in, rows, running, trials_of, until, with_fault
 
+from ckptmgr.doctor import examine
+
 
 def test_storage_that_does_not_answer_at_all_is_a_finding_and_no_hang(mounts: Mounts) -> None:
     point, behind, server = mounts.bindfs()
@@ -45,6 +47,17 @@ def test_storage_that_stops_answering_in_the_middle_is_a_finding_and_what_stays_
     assert made_in(behind) == [name]
 
 
+def test_storage_whose_server_has_gone_is_a_finding(mounts: Mounts) -> None:
+    point, _, server = mounts.bindfs()
+    server.kill()
+    server.wait(60)
+    seen = doctor(point)
+
+    assert (seen.code, seen.levels()["D004"], seen.levels()["D002"]) == (3, "error", "warning")
+    assert "not connected" in seen.text("D004")
+    assert "FUSE" in seen.text("D002")
+
+
 def test_a_journal_that_hangs_does_not_keep_the_run_from_being_tried(mounts: Mounts, tmp_path: Path) -> None:
     point, _, server = mounts.bindfs()
     (tmp_path / "run").mkdir()
@@ -76,13 +89,15 @@ def test_slow_storage_is_tried_to_the_end(tmp_path: Path) -> None:
     assert seen.document["places"][0]["fsync_file_s"] >= 0.1
 
 
-def test_storage_on_which_everything_together_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    seen = with_fault("fsync:delay_exit=200000", tmp_path / "trace", place, "--timeout", "1")
+def test_storage_on_which_everything_together_takes_too_long_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptmgr.doctor._STEPS_AT_MOST", 0.001)
+    (place,) = examine(str(tmp_path), timeout_s=30)
 
-    assert seen.levels()["D005"] == "error"
-    assert list(place.iterdir()) == []
+    assert place.stuck_because == "all of it takes more than 0.03 s"
+    assert place.left_behind is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_removes_what_was_made_and_ends_with_130(mounts: Mounts) -> None:
