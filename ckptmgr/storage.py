@@ -291,7 +291,10 @@ def _mounted(place: Place, need: int | None) -> Said:
 def _answers(place: Place, need: int | None) -> Said:
     del need
     if place.stuck_at is not None:
-        hint = "look at the server, the network and `dmesg`; a manager would get stuck in the same way"
+        hint = (
+            "look at the server, the network and `dmesg`: a manager would get stuck in the same way; "
+            "if it is only slow, give it longer with --timeout"
+        )
         text = f"{place.stuck_because}: {place.stuck_at}; what comes after it was not tried"
         yield "D005", Level.ERROR, text, hint
     else:

@@ -136,7 +136,8 @@ def read_kernel(path: str) -> str:
 
 
 def _lexical(path: str) -> str:
-    return str(Path.cwd() / path)  # links are for the child to look at: that touches the storage
+    # Links are for the child to look at, since that touches the storage.
+    return str(Path(path) if path.startswith("/") else Path.cwd() / path)
 
 
 def _try(

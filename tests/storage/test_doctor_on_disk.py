@@ -92,6 +92,19 @@ def test_a_relative_path_and_a_trailing_slash_are_the_directory(
     assert asked["."] == str(tmp_path)
 
 
+def test_a_working_directory_that_is_gone_matters_to_relative_paths_alone(tmp_path: Path) -> None:
+    script = "import os, sys; os.mkdir('x'); os.chdir('x'); os.rmdir('../x'); os.execv(sys.argv[1], sys.argv[1:])"
+
+    def gone(asked: Path | str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", script, *command(asked)]
+        return subprocess.run(
+            words, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=60, check=False
+        )
+
+    assert (gone(".").returncode, "Traceback" in gone(".").stderr) == (1, False)
+    assert f"{tmp_path} exists" in gone(tmp_path).stdout
+
+
 def test_a_directory_that_does_not_exist_is_tried_where_it_would_be_made(tmp_path: Path) -> None:
     one, two = doctor(tmp_path / "runs"), doctor(tmp_path / "runs" / "alpha")
 
