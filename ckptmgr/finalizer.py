@@ -275,20 +275,23 @@ class Finalizer:
     # -- every other rank ---------------------------------------------------------------------------
 
     def _follow(self, job: Job) -> tuple[RankFailure, ...]:
-        longest = self._outcome_s
         go = None
         try:
             _, go = self._ranks.await_order(job.number, (_GO,), self._timeouts.collective_s)
-            self._ranks.report(job.number, _WRITTEN, self._write(job, go), longest, frame=job.frame)
-            stage, value = self._ranks.await_order(job.number, (_READ_BACK, _OUTCOME), longest)
+            written = self._write(job, go)
+            stage, value = self._report(job, _WRITTEN, written, (_READ_BACK, _OUTCOME))
             if stage == _READ_BACK:
-                mine = self._digest(go, value[self._ranks.rank])
-                self._ranks.report(job.number, _DIGESTS, mine, longest, frame=job.frame)
-                _, value = self._ranks.await_order(job.number, (_OUTCOME,), longest)
+                _, value = self._report(job, _DIGESTS, self._digest(go, value[self._ranks.rank]), (_OUTCOME,))
         except TimeoutError as error:
             return self._ask_the_journal(go.attempt if go is not None else 0, f"no word from rank 0: {error}")
         failures: tuple[RankFailure, ...] = value
         return failures
+
+    def _report(self, job: Job, stage: int, value: Any, then: Sequence[int]) -> tuple[int, Any]:
+        """Report to rank 0 and await its next order, both within one limit: a link that is down eats no second one."""
+        deadline = time.monotonic() + self._outcome_s
+        self._ranks.report(job.number, stage, value, self._outcome_s, frame=job.frame)
+        return self._ranks.await_order(job.number, then, max(0.001, deadline - time.monotonic()))
 
     def _ask_the_journal(self, attempt: int, doubt: str) -> tuple[RankFailure, ...]:
         """What became of a save whose outcome did not arrive. Rule L6: the journal knows, not this rank's exception."""

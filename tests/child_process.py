@@ -66,10 +66,15 @@ class ForkServer:
         preload: Modules to import once, before any fork.
         path: Folders that go before this process's import path, in every child and its writer processes.
         environment: What else children and their writer processes find in their environment.
+        within: A command, with its arguments, that becomes the one that follows, such as `unshare --mount`.
     """
 
     def __init__(
-        self, *preload: str, path: tuple[Path, ...] = (), environment: Mapping[str, str] = MappingProxyType({})
+        self,
+        *preload: str,
+        path: tuple[Path, ...] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+        within: tuple[str, ...] = (),
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forks-")
         self._address = str(Path(self._folder.name, "socket"))
@@ -81,7 +86,7 @@ class ForkServer:
                 descriptors = (listener.fileno(), theirs.fileno())
                 import_path = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "child_process", *map(str, descriptors), *preload],
+                    [*within, sys.executable, "-m", "child_process", *map(str, descriptors), *preload],
                     pass_fds=descriptors,
                     env={**os.environ, "PYTHONPATH": import_path, "OMP_NUM_THREADS": "1", **environment},
                 )

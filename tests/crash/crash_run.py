@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +232,12 @@ def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit
         note(run, "acknowledged", last)
 
 
-def assert_what_was_acknowledged_is_whole(run: Path) -> None:
+def assert_what_was_acknowledged_is_whole(
+    run: Path, open_journal: Callable[[Path], Journal] = Journal.open_read_only
+) -> None:
     """Right after a failure, before anything is recovered."""
     rundir = RunDirectory(run)
-    with Journal.open_read_only(rundir.journal_path) as journal:
+    with open_journal(rundir.journal_path) as journal:
         live = journal.checkpoints(live_only=True)
         for word, series, step, _ in list(notes(run)):
             if word == "acknowledged":

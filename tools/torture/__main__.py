@@ -27,8 +27,8 @@ from typing import Any, Protocol
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "crash"), str(ROOT / "tests")]
 
-from torture import faults, powerloss, shim  # noqa: E402
-from torture.report import Report, Result, table  # noqa: E402
+from torture import faults, fulldisks, hosts, powerloss, realdisks, shim  # noqa: E402
+from torture.report import NotTried, Report, Result, table  # noqa: E402
 
 
 class Technique(Protocol):
@@ -45,7 +45,7 @@ class Technique(Protocol):
         """Equal where what is prepared can be shared."""
 
     def prepare(self, ground: faults.Ground, folder: Path) -> Sequence[Any]:
-        """Let the run go by, to know its points."""
+        """Let the run go by, to know its points. Raises `NotTried` where this machine lacks something."""
 
     def points(self, prepared: Sequence[Any]) -> Iterator[int]:
         """All points."""
@@ -77,6 +77,8 @@ def main() -> int:
         finally:
             ground.close()
     print(table(report.results.values(), faults.TRANSITIONS, possible))
+    for name, reason in report.not_tried.items():
+        print(f"not tried: {name}: {reason}")
     for result in report.violations:
         print(f"\nVIOLATED: {result.point}\n{result.violation}")
     return 1 if report.violations else 0 if report.results else 2
@@ -87,16 +89,19 @@ def _torture(ground: faults.Ground, report: Report, options: argparse.Namespace)
     sweeps = [sweep for sweep in _sweeps() if options.only in sweep.name]
     possible: dict[str, int] = {}
     plans = []
-    whole: dict[object, Sequence[Any]] = {}
-    for number, sweep in enumerate(sweeps):
-        if sweep.same not in whole:
-            whole[sweep.same] = sweep.prepare(ground, ground.folder / f"whole-{number}")
-        points = list(sweep.points(whole[sweep.same]))
+    with ThreadPoolExecutor(options.workers) as pool:
+        whole = list(pool.map(lambda sweep: _prepared(ground, sweep), sweeps))
+    for sweep, prepared in zip(sweeps, whole, strict=True):
+        if isinstance(prepared, NotTried):
+            report.leave_out(sweep.fault, str(prepared))
+            continue
+        points = list(sweep.points(prepared))
         possible[sweep.fault] = possible.get(sweep.fault, 0) + len(points)
         todo = [n for n in points if f"{sweep.name} | {n}" not in report.results]
         random.Random(f"{options.seed} {sweep.name}").shuffle(todo)
-        plans.append(_Plan(sweep, whole[sweep.same], todo))
+        plans.append(_Plan(sweep, prepared, todo))
     _say(f"{len(sweeps)} sweeps, {sum(possible.values())} points, {time.monotonic() - began:.0f} s to prepare")
+    random.Random(options.seed).shuffle(plans)
     choosing = threading.Lock()
 
     def strike() -> None:
@@ -106,7 +111,7 @@ def _torture(ground: faults.Ground, report: Report, options: argparse.Namespace)
                 if not left:
                     return
                 # Whoever had the least time: every sweep has had its share whenever the budget ends.
-                plan = min(left, key=lambda one: (one.spent_s, one.sweep.name))
+                plan = min(left, key=lambda one: one.spent_s)
                 n = plan.todo.pop(0)
                 plan.spent_s += plan.last_s
                 if len(report.results) % 500 == 499:
@@ -119,7 +124,7 @@ def _torture(ground: faults.Ground, report: Report, options: argparse.Namespace)
                 plan.spent_s += took - plan.last_s
                 plan.last_s = took
             name = f"{plan.sweep.name} | {n}"
-            report.add(Result(name, plan.sweep.fault, outcome.phase, outcome.violation, took))
+            report.add(Result(name, plan.sweep.fault, outcome.phase, outcome.violation, took, outcome.caught))
             if outcome.violation:
                 _say(f"VIOLATED: {name}")
 
@@ -140,17 +145,25 @@ class _Plan:
     last_s: float = 0.0
 
 
+def _prepared(ground: faults.Ground, sweep: Technique) -> Sequence[Any] | NotTried:
+    try:
+        return ground.whole(sweep)
+    except NotTried as reason:
+        return reason
+
+
 def _again(ground: faults.Ground, name: str) -> int:
     wanted, _, n = name.rpartition(" | ")
     (sweep,) = (one for one in _sweeps() if one.name == wanted)
-    prepared = sweep.prepare(ground, ground.folder / "whole")
+    prepared = ground.whole(sweep)
     outcome = sweep.strike(ground, Path(tempfile.mkdtemp(prefix="torture-point-")), int(n), prepared)
-    print(f"{outcome.phase}: {outcome.violation or 'nothing was violated'}")
+    found = "caught, as it must be" if outcome.caught else "nothing was violated"
+    print(f"{outcome.phase}: {outcome.violation or found}")
     return 1 if outcome.violation else 0
 
 
 def _sweeps() -> list[Technique]:
-    return [*faults.sweeps(), *powerloss.sweeps()]
+    return [sweep for module in (faults, powerloss, realdisks, fulldisks, hosts) for sweep in module.sweeps()]
 
 
 def _code() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -24,16 +25,18 @@ import crash_run
 from child_process import AtComment, Ended, ForkServer, assert_no_writer_of
 from crash_run import Scenario, scenarios
 
-from torture import runs, shim
+from torture import mounts, runs, shim
 from torture.shim import Action, Call, Kind, Orders, Phase
 
 #: The columns of the table.
 NOT_REACHED = "not reached"
 TRANSITIONS = (*(phase.name for phase in Phase), NOT_REACHED)
-_KILLED = -9
+#: The status of a process that was killed.
+KILLED = -9
+#: Longest that anything may take that ends by itself.
+MOST_S = 90
 #: An error of one of these on a file that is being saved ends the attempt: its bytes cannot be vouched for.
 _MUST_FAIL = (Kind.CREATE, Kind.WRITE, Kind.ALLOCATE, Kind.TRUNCATE, Kind.FSYNC, Kind.CLOSE, Kind.MKDIR)
-_MOST_S = 90
 
 
 class Ground:
@@ -56,20 +59,35 @@ class Ground:
             "torture.runs",
             path=(*path, here, tests / "crash", tests),
             environment={"LD_PRELOAD": str(library)},
+            within=mounts.private(),
         )
-        self._pasts: dict[object, Path] = {}
+        self._made: dict[object, Any] = {}
+        self._locks: dict[object, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+
+    def once(self, key: object, make: Callable[[Path], Any]) -> Any:
+        """What *make* returns, called once per *key* with a name for a folder of its own."""
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._made:
+                self._made[key] = make(self.folder / f"made-{next(self._numbers)}")
+            return self._made[key]
 
     def past(self, scenario: Scenario, to: Path) -> Path:
         """Put a run that has lived through *scenario*'s past at a place."""
-        with self._lock:
-            run = self._pasts.get(scenario.before)
-            if run is None:
-                run = self.folder / f"past-{len(self._pasts)}" / "alpha"
-                self.forks.do(crash_run.prepare, run, scenario)
-                self.forks.do(crash_run.recover_once, run)
-                self._pasts[scenario.before] = run
-        return crash_run.copy_of(run, to)
+
+        def live(folder: Path) -> Path:
+            self.forks.do(crash_run.prepare, folder / "alpha", scenario)
+            self.forks.do(crash_run.recover_once, folder / "alpha")
+            return folder / "alpha"
+
+        return crash_run.copy_of(self.once(("past", scenario.before), live), to)
+
+    def whole(self, technique: Any) -> Sequence[Any]:
+        """What a technique prepares, once for all that are the same."""
+        return self.once(("whole", technique.same), lambda folder: technique.prepare(self, folder))
 
     def close(self) -> None:
         """End all processes."""
@@ -78,10 +96,15 @@ class Ground:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a point came to: where in the run's life the fault struck; a violation in words, or empty."""
+    """
+    What a point came to: where in the run's life the fault struck; a violation in words, or empty.
+
+    *caught*: of a control, that the judge found what must be found.
+    """
 
     phase: str
     violation: str = ""
+    caught: bool = False
 
 
 class Sweep:
@@ -93,8 +116,9 @@ class Sweep:
         words: Series and scenario, such as ``dcp steady``, or ``create``.
         world: Ranks.
         orders: The order for a call, given its number and what it was when nothing struck; None to leave it out.
-        afterwards: Whether those who survive save once more.
+        afterwards: The fault ends, and there is another save.
         kinds: Which calls are numbered.
+        scenario: What *words* stand for, if it is none that they name.
     """
 
     def __init__(
@@ -106,6 +130,7 @@ class Sweep:
         *,
         afterwards: bool,
         kinds: tuple[Kind, ...] = shim.CHANGES,
+        scenario: Scenario | None = None,
     ) -> None:
         self.fault = fault
         self.words = words
@@ -114,7 +139,7 @@ class Sweep:
         self._afterwards = afterwards
         self._kinds = kinds
         series, _, how = words.partition(" ")
-        self._scenario = scenarios(series)[how] if how else None
+        self._scenario = scenario or (scenarios(series)[how] if how else None)
 
     @property
     def name(self) -> str:
@@ -131,7 +156,7 @@ class Sweep:
         trace = folder / "trace"
         ended, _, run = self._go(ground, folder, Orders(trace=str(trace), kinds=self._kinds), afterwards=False)
         assert ended.status == 0, ended.output
-        ground.forks.do(runs.judge, run, timeout_s=_MOST_S)
+        ground.forks.do(runs.judge, run, timeout_s=MOST_S)
         return [call for call in shim.calls(trace) if call.kind in self._kinds]
 
     def points(self, prepared: Sequence[Call]) -> Iterator[int]:
@@ -153,7 +178,7 @@ class Sweep:
             self._survivors_heard(orders, struck, ended, run)
             if orders.trace:
                 _assert_not_synced_again(Path(orders.trace), struck)
-            ground.forks.do(runs.judge, run, timeout_s=_MOST_S)
+            ground.forks.do(runs.judge, run, timeout_s=MOST_S)
         except AssertionError as error:
             return Outcome(phase, f"{orders} ({call.kind.name.lower()} {Path(call.path).name}): {error}")
         shutil.rmtree(folder)
@@ -167,20 +192,17 @@ class Sweep:
             run.parent.mkdir(exist_ok=True)
             crash_run.assets(run)
             shim.give(place, run, orders)
-            return ground.forks.run(runs.create, run, place, timeout_s=_MOST_S), run
+            return ground.forks.run(runs.create, run, place, timeout_s=MOST_S), run
         run = ground.past(self._scenario, folder)
         shim.give(place, run, orders)
         args = (run, place, self._scenario, self.world, afterwards)
-        return ground.forks.run(runs.live, *args, timeout_s=_MOST_S), run
+        return ground.forks.run(runs.live, *args, timeout_s=MOST_S), run
 
     def _go(self, ground: Ground, folder: Path, orders: Orders, *, afterwards: bool) -> tuple[Ended, shim.Struck, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / "orders"
         ended, run = self._live(ground, folder, place, orders, afterwards=afterwards)
-        for role, pid in shim.pids(place).items():
-            if role % 2 == 0:
-                _assert_gone(pid)
-                assert_no_writer_of(pid, within_s=2)
+        assert_all_gone(place)
         return ended, shim.struck(place), run
 
     def _survivors_heard(self, orders: Orders, struck: shim.Struck, ended: Ended, run: Path) -> None:
@@ -188,7 +210,7 @@ class Sweep:
         kills = orders.action in (Action.KILL, Action.TORN) and struck.times
         dead = {struck.role if orders.target == shim.CALLER else orders.target} if kills else set()
         if orders.target == shim.EVERYONE and kills:
-            assert ended.status == _KILLED, f"status {ended.status}\n{ended.output}"
+            assert ended.status == KILLED, f"status {ended.status}\n{ended.output}"
             return
         statuses = {0: ended.status}
         if self.world > 1:
@@ -198,7 +220,7 @@ class Sweep:
         lost = {role // 2 for role in dead if role % 2 == 0}
         for rank, status in statuses.items():
             if rank in lost:
-                assert status == _KILLED, f"rank {rank}: status {status}\n{ended.output}"
+                assert status == KILLED, f"rank {rank}: status {status}\n{ended.output}"
                 continue
             told = runs.told(run, rank)
             for word, *facts in told:
@@ -255,7 +277,7 @@ class RecoverySweep(Sweep):
         assert self._scenario is not None
         run = crash_run.copy_of(self._left_behind(ground, folder), folder)
         shim.give(place, run, orders)
-        return ground.forks.run(runs.recover, run, place, self._scenario.exchange, timeout_s=_MOST_S), run
+        return ground.forks.run(runs.recover, run, place, self._scenario.exchange, timeout_s=MOST_S), run
 
     def _left_behind(self, ground: Ground, folder: Path) -> Path:
         assert self._scenario is not None
@@ -267,8 +289,12 @@ class RecoverySweep(Sweep):
             return self._left
 
 
-class ZombieSweep(Sweep):
-    """A manager that is stopped at a call, and goes on when another has taken the run over and saved."""
+class StoppedSweep(Sweep):
+    """All processes stop at a call; something happens; they go on."""
+
+    def _meanwhile(self, ground: Ground, folder: Path) -> None:
+        """What happens while they stand still; AssertionError where it comes to something that must not be."""
+        raise NotImplementedError
 
     def _go(self, ground: Ground, folder: Path, orders: Orders, *, afterwards: bool) -> tuple[Ended, shim.Struck, Path]:
         if orders.action is not Action.STOP:
@@ -282,16 +308,23 @@ class ZombieSweep(Sweep):
                     pids = shim.pids(place).values()
                     while not all(_is_stopped(pid) for pid in pids):
                         time.sleep(0.005)
-                    series = self.words.partition(" ")[0]
                     try:
-                        ended = ground.forks.run(runs.take_over, folder / "alpha", series, timeout_s=_MOST_S)
+                        self._meanwhile(ground, folder)
                     finally:
-                        for pid in pids:
-                            with contextlib.suppress(ProcessLookupError):
-                                os.kill(pid, signal.SIGCONT)
-                    assert ended.status == 0, f"the heir: {ended.output}"
+                        # All of the group, as it was stopped: whoever waits for the ranks belongs to it.
+                        for group in {group for pid in pids if (group := _group_of(pid))}:
+                            os.killpg(group, signal.SIGCONT)
                     break
             return first.result()
+
+
+class ZombieSweep(StoppedSweep):
+    """A manager that is stopped at a call, and goes on when another has taken the run over and saved."""
+
+    def _meanwhile(self, ground: Ground, folder: Path) -> None:
+        series = self.words.partition(" ")[0]
+        ended = ground.forks.run(runs.take_over, folder / "alpha", series, timeout_s=MOST_S)
+        assert ended.status == 0, f"the heir: {ended.output}"
 
     def _survivors_heard(self, orders: Orders, struck: shim.Struck, ended: Ended, run: Path) -> None:
         del orders, run
@@ -299,8 +332,23 @@ class ZombieSweep(Sweep):
             assert "ckptmgr.errors." in ended.output.splitlines()[-1], f"status {ended.status}\n{ended.output}"
 
 
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
 def _is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def assert_all_gone(place: Path) -> None:
+    """The run whose orders are at *place* has ended, so no trainer and no writer of it is left."""
+    for role, pid in shim.pids(place).items():
+        if role % 2 == 0:
+            _assert_gone(pid)
+            assert_no_writer_of(pid, within_s=2)
 
 
 def _assert_gone(pid: int) -> None:

@@ -8,17 +8,30 @@ import json
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+#: How the rows begin that must fail: what they do cannot be survived, so whoever finds nothing is blind.
+CONTROL = "control: "
+
+
+class NotTried(Exception):
+    """A sweep cannot be tried on this machine; says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One point: which one (unique), the table's row and column, what was wrong (or empty), what it took."""
+    """
+    One point: which one (unique), the table's row and column, what was wrong (or empty), what it took.
+
+    *caught*: at a point of a control, whether the judge found what must be found.
+    """
 
     point: str
     fault: str
     transition: str
     violation: str
     seconds: float
+    caught: bool = False
 
 
 class Report:
@@ -33,11 +46,12 @@ class Report:
     def __init__(self, path: Path, key: str) -> None:
         self._lock = threading.Lock()
         self.results: dict[str, Result] = {}
+        self.not_tried: dict[str, str] = {}
         lines = path.read_text().splitlines() if path.exists() else []
         if lines and json.loads(lines[0]) == {"key": key}:
-            for line in lines[1:]:
-                result = Result(**json.loads(line))
-                self.results[result.point] = result
+            for facts in map(json.loads, lines[1:]):
+                if "not tried" not in facts:
+                    self.results[facts["point"]] = Result(**facts)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"key": key}) + "\n")
@@ -47,13 +61,25 @@ class Report:
         """Take down one more result."""
         with self._lock:
             self.results[result.point] = result
-            with self._path.open("a") as stream:
-                stream.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            self._write(dataclasses.asdict(result))
+
+    def leave_out(self, sweep: str, reason: str) -> None:
+        """Take down that a sweep cannot be tried here, and why."""
+        self.not_tried[sweep] = reason
+        self._write({"not tried": sweep, "reason": reason})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(facts) + "\n")
 
     @property
     def violations(self) -> list[Result]:
-        """All points where something did not hold."""
-        return [result for result in self.results.values() if result.violation]
+        """All points where something did not hold, and the controls of which no point was caught."""
+        found = [result for result in self.results.values() if result.violation]
+        for fault, mine in _by_fault(self.results.values()).items():
+            if fault.startswith(CONTROL) and not any(result.caught for result in mine):
+                found.append(Result(fault, fault, "", f"none of {len(mine)} points was caught: the judge is blind", 0))
+        return found
 
 
 def table(results: Iterable[Result], columns: Iterable[str], possible: dict[str, int]) -> str:
@@ -65,9 +91,7 @@ def table(results: Iterable[Result], columns: Iterable[str], possible: dict[str,
         columns: The transitions, in order.
         possible: Fault → how many points it has.
     """
-    by_fault: dict[str, list[Result]] = collections.defaultdict(list)
-    for result in results:
-        by_fault[result.fault].append(result)
+    by_fault = _by_fault(results)
     columns = [one for one in columns if any(result.transition == one for each in by_fault.values() for result in each)]
     lines = [
         "| fault | " + " | ".join(one.lower() for one in columns) + " | points | of | violations | seconds |",
@@ -78,7 +102,16 @@ def table(results: Iterable[Result], columns: Iterable[str], possible: dict[str,
     for fault, mine, of in rows:
         count = collections.Counter(result.transition for result in mine)
         cells = [str(count[one]) if count[one] else "" for one in columns]
-        bad = sum(bool(result.violation) for result in mine)
+        bad: int | str = sum(bool(result.violation) for result in mine)
+        if fault.startswith(CONTROL):
+            bad = f"{bad}; caught {sum(result.caught for result in mine)}"
         took = sum(result.seconds for result in mine)
         lines.append(f"| {fault} | {' | '.join(cells)} | {len(mine)} | {of} | {bad} | {took:.0f} |")
     return "\n".join(lines)
+
+
+def _by_fault(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = collections.defaultdict(list)
+    for result in results:
+        found[result.fault].append(result)
+    return found

@@ -8,11 +8,14 @@ after the fault save once more. What each rank was told stands beside the run, f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
 import os
+import resource
 import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -28,14 +31,21 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from ckptmgr import commit, recovery
 from ckptmgr.cli import main
 from ckptmgr.errors import CheckpointError, SaveFailed
+from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Lifecycle
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.options import Timeouts
 from ckptmgr.rundir import RunDirectory
+from torture import mounts, namespaces, shim
 from torture.shim import Armed, Phase
 
 #: The save that must work once the fault is over.
 AFTERWARDS = 40
+#: The same where the wire is cut: every point waits for all of it.
+BETWEEN_HOSTS = crash_run.PATIENCE.replace(write_s=3, gather_s=1)
+
+#: What `judge_disk` prints before it judges: what comes behind is no fault of the mount.
+MOUNTED = "mounted again"
 #: Longest that a rank may wait for one that is gone or stopped: gather and collective_s below, and the work itself.
 HEARD_WITHIN_S = 12.0
 
@@ -44,14 +54,42 @@ crash_run.PATIENCE = Timeouts(
 )  # the same for every run here: short enough that a stopped rank costs seconds
 
 
-def live(run: Path, orders: Path, scenario: Scenario, world: int = 1, afterwards: bool = True) -> None:
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """
+    What makes a disk small without the shim, and how it ends. Both may be called by every rank.
+
+    *begin* is called when the manager is open, *end* before the save that must work; each with *args*.
+    """
+
+    begin: Callable[..., None] | None
+    end: Callable[..., None]
+    args: tuple[Any, ...]
+
+
+def live(
+    run: Path,
+    orders: Path,
+    scenario: Scenario,
+    world: int = 1,
+    afterwards: bool = True,
+    trouble: Trouble | None = None,
+    networks: tuple[int, ...] = (),
+) -> None:
     """
     Go on with the run under *orders*, on *world* ranks, all in this process group.
 
-    *afterwards*: end the fault and save once more, as those who survive it must be able to.
+    Args:
+        run: The run directory.
+        orders: The shim's.
+        scenario: Its saves are made.
+        world: Ranks.
+        afterwards: End the fault, and *trouble*, and save once more, as those who survive it must be able to.
+        trouble: What comes besides the shim.
+        networks: One process for each rank, in whose network namespace it lives.
     """
     if world == 1:
-        _rank(run, orders, scenario, 0, 1, afterwards)
+        _rank(run, orders, scenario, 0, 1, afterwards, trouble)
         return
     ranks = []
     for rank in range(world):
@@ -59,7 +97,10 @@ def live(run: Path, orders: Path, scenario: Scenario, world: int = 1, afterwards
         if pid == 0:
             status = 1
             try:
-                _rank(run, orders, scenario, rank, world, afterwards)
+                if networks:
+                    crash_run.PATIENCE = BETWEEN_HOSTS
+                    namespaces.enter_network(networks[rank])
+                _rank(run, orders, scenario, rank, world, afterwards, trouble)
                 status = 0
             except BaseException:  # noqa: BLE001 - whatever it was, the other ranks' statuses matter too
                 traceback.print_exc()
@@ -68,6 +109,33 @@ def live(run: Path, orders: Path, scenario: Scenario, world: int = 1, afterwards
         ranks.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
     _tell(run, "world", "ended", *statuses)
+
+
+def limit_files(orders: Path, role: int, size: int) -> None:
+    """From now on no file that this process, or its writer, makes or changes may be larger than *size* bytes."""
+    if role == shim.trainer(0):
+        # What it prints goes into a file as well, so somebody else writes it.
+        mouth = subprocess.Popen(["cat"], stdin=subprocess.PIPE).stdin
+        assert mouth is not None
+        os.dup2(mouth.fileno(), 1)
+        os.dup2(mouth.fileno(), 2)
+    resource.prlimit(shim.pids(orders)[role], resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def lift_limit(orders: Path, role: int, size: int) -> None:
+    """Undo it; who has died meanwhile was replaced by one without limit."""
+    del size
+    with contextlib.suppress(ProcessLookupError):
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(shim.pids(orders)[role], resource.RLIMIT_FSIZE, unlimited)
+
+
+def await_word(path: Path, orders: Path) -> None:
+    """Wait until somebody outside has written *path*, as happens when the shim has struck."""
+    deadline = time.monotonic() + 60
+    while shim.struck(orders).times and not path.exists():
+        assert time.monotonic() < deadline, f"nobody has written {path}"
+        time.sleep(0.01)
 
 
 def recover(run: Path, orders: Path, exchange: bool = True) -> None:
@@ -124,7 +192,22 @@ def judge_recovery(run: Path) -> None:
     crash_run.assert_sound(run)
 
 
-def _rank(run: Path, orders: Path, scenario: Scenario, rank: int, world: int, afterwards: bool) -> None:
+def judge_disk(kind: str, store: Path, run: Path, left: Path, whole: bool) -> None:
+    """Unmount the disk in *store*, mount it again, judge, and discard it; what was violated is copied to *left*."""
+    mounts.replay(kind, store)
+    print(MOUNTED, flush=True)
+    try:
+        (judge if whole else judge_recovery)(run)
+    except BaseException:
+        mounts.copy(store / "disk", left)
+        raise
+    finally:
+        mounts.discard(store)
+
+
+def _rank(
+    run: Path, orders: Path, scenario: Scenario, rank: int, world: int, afterwards: bool, trouble: Trouble | None
+) -> None:
     if world > 1:
         signal.alarm(120)  # whatever happens, this process ends
         store = dist.FileStore(str(run.with_name("meeting")), world)
@@ -136,15 +219,26 @@ def _rank(run: Path, orders: Path, scenario: Scenario, rank: int, world: int, af
     armed = Armed(orders, rank)
     _follow(armed)
     began = time.monotonic()
+    saves = scenario.now
     try:
         opened = crash_run.manager(run, keep=scenario.keep)
     except (OSError, CheckpointError) as error:
         _tell(run, rank, "refused", type(error).__name__, str(error), time.monotonic() - began)
-        return
+        if trouble is None:
+            return
+        trouble.end(*trouble.args)
+        opened, saves = crash_run.manager(run, keep=scenario.keep), ()
     with opened:
-        worked = [_save(run, opened, save, rank, world, armed) for save in scenario.now]
+        if trouble and trouble.begin:
+            trouble.begin(*trouble.args)
+        worked = [_save(run, opened, save, rank, world, armed, calm=trouble is None) for save in saves]
         if afterwards:
             armed.calm()
+            if trouble:
+                trouble.end(*trouble.args)
+                if rank == 0 and not all(worked):
+                    # Rolling a transaction back may have needed space as well, so this connection does it.
+                    crash_run.assert_what_was_acknowledged_is_whole(run, Journal.open)
             series = scenario.now[-1].series
             if not _save(run, opened, Save(series, AFTERWARDS), rank, world, armed) and all(worked):
                 # The fault came too late for the saves before: a writer that died when it had nothing to do.
@@ -153,7 +247,9 @@ def _rank(run: Path, orders: Path, scenario: Scenario, rank: int, world: int, af
         armed.phase = Phase.END
 
 
-def _save(run: Path, opened: CheckpointManager, save: Save, rank: int, world: int, armed: Armed) -> bool:
+def _save(
+    run: Path, opened: CheckpointManager, save: Save, rank: int, world: int, armed: Armed, *, calm: bool = True
+) -> bool:
     if rank == 0:
         crash_run.note(run, "begun", save)
     began = time.monotonic()
@@ -168,7 +264,7 @@ def _save(run: Path, opened: CheckpointManager, save: Save, rank: int, world: in
         _tell(run, rank, "failed", save.step, where, time.monotonic() - began)
         if rank == 0:
             crash_run.note(run, "failed", save)
-            if armed.is_over:
+            if calm and armed.is_over:
                 crash_run.assert_what_was_acknowledged_is_whole(run)
         return False
     except CheckpointError as error:

@@ -3,7 +3,8 @@
  *
  * Preloaded into every process of a run. The calls below that change something under the root are
  * counted in memory that all processes share; at an ordered number the caller, another process or all
- * of them die or stop, or the call fails, writes less, or lies. All calls can be traced, with the bytes.
+ * of them die or stop, or the call fails, writes less, or lies, or the file system loses its power. All calls
+ * can be traced, with the bytes.
  * Not seen: raw system calls, io_uring, stores into mapped files; ckptmgr and SQLite (mmap_size=0) use none.
  */
 #define _GNU_SOURCE
@@ -19,6 +20,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -28,8 +31,9 @@
 #define ROLES 32
 #define LONGEST 512
 
-enum kind { CREATE, WRITE, TRUNCATE, ALLOCATE, FSYNC, RENAME, UNLINK, RMDIR, MKDIR, SYMLINK, LINK, CLOSE };
-enum action { NOTHING, KILL, STOP, FAIL, SHORT, TORN, LIE };
+enum kind { CREATE, WRITE, TRUNCATE, ALLOCATE, FSYNC, RENAME, UNLINK, RMDIR, MKDIR, SYMLINK, LINK, CLOSE, LOCK };
+enum action { NOTHING, KILL, STOP, FAIL, SHORT, TORN, LIE, CUT, WATCH };
+enum lies { NONE, ALL, DATA };
 enum target { CALLER = -1, EVERYONE = -2 };
 
 /* The same struct in shim.py. All fields little-endian and aligned as written. */
@@ -37,7 +41,8 @@ struct shared {
     uint64_t at;              /* strike at this call, counted from 1; 0: never */
     int32_t action;
     int32_t error;            /* errno of FAIL */
-    int32_t sticky;           /* FAIL and LIE: from then on */
+    int32_t sticky;           /* FAIL: from then on */
+    int32_t lies;             /* which fsyncs say yes and do nothing, from the start */
     uint32_t kinds;           /* bits of the kinds that are counted */
     int32_t target;           /* who dies or stops: a role, CALLER or EVERYONE */
     int32_t phase;            /* where the trainer says it is */
@@ -131,19 +136,47 @@ static void hit(int number) {
     if (pid > 0) kill(pid, number);
 }
 
-/* What becomes of this call: NOTHING (let it happen), FAIL, SHORT, TORN or LIE. Does not return from a death. */
-static enum action strike(enum kind kind, const char *path) {
-    if (!(shared->kinds & (1u << kind))) return NOTHING;
-    uint64_t number = atomic_fetch_add(&shared->count, 1) + 1;
-    uint64_t at = shared->at;
-    if (!at || number < at || (number > at && !shared->sticky)) return NOTHING;
-    if (shared->action == LIE && kind != FSYNC) return NOTHING;
+/*
+ * The file system that the root stands on loses its power: nothing more reaches the disk, its own log included.
+ * One number for ext4 (EXT4_IOC_SHUTDOWN), XFS (XFS_IOC_GOINGDOWN) and others.
+ */
+static void cut(void) {
+    char folder[LONGEST];
+    uint32_t no_log_flush = 2;
+    snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(shared->root, '/') - shared->root), shared->root);
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+    if (fd < 0 || ioctl(fd, _IOR('X', 125, uint32_t), &no_log_flush) != 0) { perror("cannot cut the power"); abort(); }
+}
+
+static int lies_about(enum kind kind, const char *path) {
+    if (kind != FSYNC || shared->lies == NONE) return 0;
+    return shared->lies == ALL || !strstr(path, ".journal.db");
+}
+
+static void struck_at(enum kind kind, const char *path) {
     if (atomic_fetch_add(&shared->struck, 1) == 0) {
         shared->struck_kind = kind;
         shared->struck_phase = shared->phase;
         shared->struck_role = role;
         snprintf(shared->struck_path, LONGEST, "%s", path);
     }
+}
+
+/* A call that the kernel itself refused for want of space, or because the disk below failed. */
+static void refused(enum kind kind, const char *path, int code) {
+    int spent = code == ENOSPC || code == EDQUOT || code == EFBIG, broken = code == EIO || code == EROFS;
+    if (shared->action == WATCH && (spent || broken)) struck_at(kind, path);
+}
+
+/* What becomes of this call: NOTHING (let it happen), FAIL, SHORT, TORN or LIE. Does not return from a death. */
+static enum action strike(enum kind kind, const char *path) {
+    if (!(shared->kinds & (1u << kind))) return NOTHING;
+    uint64_t number = atomic_fetch_add(&shared->count, 1) + 1;
+    uint64_t at = shared->at;
+    enum action usual = lies_about(kind, path) ? LIE : NOTHING;
+    if (!at || number < at || (number > at && !shared->sticky)) return usual;
+    struck_at(kind, path);
+    if (shared->action == CUT) { cut(); hit(SIGKILL); return NOTHING; }
     if (shared->action == KILL || (shared->action == TORN && kind != WRITE)) { hit(SIGKILL); return NOTHING; }
     if (shared->action == STOP) { hit(SIGSTOP); return NOTHING; }
     return shared->action;
@@ -184,6 +217,7 @@ static void put_down(enum kind kind, const char *path, const char *other, int fl
     if (trace >= 0) hold(); \
     result = (call); \
     int kept = errno; \
+    if (result < 0) refused(kind, path, kept); \
     if (trace >= 0) { \
         if (result >= 0) put_down(kind, path, other, flags, offset, data, count, (kind) == WRITE ? (size_t)result : 0); \
         let_go(); \
@@ -237,6 +271,7 @@ static ssize_t written(int fd, const struct iovec *data, int count, int64_t offs
     if (trace >= 0) hold();
     result = WRITEV(data, count);
     int kept = errno;
+    if (result < 0) refused(WRITE, where, kept);
     if (trace >= 0) {
         if (result >= 0) put_down(WRITE, where, NULL, 0, from, data, count, (size_t)result);
         let_go();
@@ -281,6 +316,24 @@ int ftruncate(int fd, off_t size) { ON_DESCRIPTOR(TRUNCATE, fd, size, (int)sysca
 int ftruncate64(int fd, off64_t size) { ON_DESCRIPTOR(TRUNCATE, fd, size, (int)syscall(SYS_ftruncate, fd, size)); }
 int fallocate(int fd, int mode, off_t from, off_t size) { ON_DESCRIPTOR(ALLOCATE, fd, from + size, (int)syscall(SYS_fallocate, fd, mode, from, size)); }
 int fallocate64(int fd, int mode, off64_t from, off64_t size) { ON_DESCRIPTOR(ALLOCATE, fd, from + size, (int)syscall(SYS_fallocate, fd, mode, from, size)); }
+
+/* Locks of either kind, counted only where they are to fail. */
+int flock(int fd, int operation) {
+    char where[PATH_MAX];
+    if (shared && shared->kinds & (1u << LOCK) && operation != LOCK_UN && of_descriptor(fd, where) && ours(where) &&
+        strike(LOCK, where) == FAIL) { errno = shared->error; return -1; }
+    return (int)syscall(SYS_flock, fd, operation);
+}
+
+static int controlled(int fd, int command, long argument) {
+    char where[PATH_MAX];
+    if (shared && shared->kinds & (1u << LOCK) && (command == F_SETLK || command == F_SETLKW) &&
+        ((struct flock *)argument)->l_type != F_UNLCK && of_descriptor(fd, where) && ours(where) &&
+        strike(LOCK, where) == FAIL) { errno = shared->error; return -1; }
+    return (int)syscall(SYS_fcntl, fd, command, argument);
+}
+int fcntl(int fd, int command, ...) { va_list more; va_start(more, command); long argument = va_arg(more, long); va_end(more); return controlled(fd, command, argument); }
+int fcntl64(int fd, int command, ...) { va_list more; va_start(more, command); long argument = va_arg(more, long); va_end(more); return controlled(fd, command, argument); }
 
 int close(int fd) {
     char where[PATH_MAX];

@@ -49,10 +49,11 @@ class Kind(enum.IntEnum):
     SYMLINK = 9
     LINK = 10
     CLOSE = 11
+    LOCK = 12
 
 
-#: Everything that reaches the disk. A close only counts where it is to fail.
-CHANGES = tuple(kind for kind in Kind if kind is not Kind.CLOSE)
+#: Everything that reaches the disk. Closes and locks only count where they are to fail.
+CHANGES = tuple(kind for kind in Kind if kind not in (Kind.CLOSE, Kind.LOCK))
 #: What a full disk or a spent quota refuses.
 TAKES_SPACE = (Kind.CREATE, Kind.WRITE, Kind.ALLOCATE, Kind.FSYNC, Kind.MKDIR, Kind.SYMLINK, Kind.RENAME)
 
@@ -68,8 +69,21 @@ class Action(enum.IntEnum):
     SHORT = 4
     #: Half of a write is done, and then comes death.
     TORN = 5
-    #: Every fsync from then on says yes and does nothing.
+    #: What becomes of an fsync that `Lies` are told about; nothing to order.
     LIE = 6
+    #: The file system loses its power, its own log included; then comes death, for everyone.
+    CUT = 7
+    #: Nothing; the first call that the kernel itself refuses (no space, no quota, an I/O error) is what struck.
+    WATCH = 8
+
+
+class Lies(enum.IntEnum):
+    """Which fsyncs say yes and do nothing, from the start."""
+
+    NONE = 0
+    ALL = 1
+    #: All but those of the journal.
+    DATA = 2
 
 
 class Phase(enum.IntEnum):
@@ -98,7 +112,8 @@ class Orders:
         at: Number of the call, from 1.
         action: What happens then.
         error: errno of `Action.FAIL`.
-        sticky: `Action.FAIL` and `Action.LIE`: at every later call too.
+        sticky: `Action.FAIL`: at every later call too.
+        lies: Which fsyncs are not done, whatever else happens.
         kinds: Which calls are counted.
         target: Who is killed or stopped: `CALLER`, `EVERYONE`, `trainer(rank)` or `writer(rank)`.
         trace: Where all calls are written down; empty for nowhere.
@@ -108,6 +123,7 @@ class Orders:
     action: Action = Action.NOTHING
     error: int = 0
     sticky: bool = False
+    lies: Lies = Lies.NONE
     kinds: tuple[Kind, ...] = CHANGES
     target: int = CALLER
     trace: str = ""
@@ -125,6 +141,7 @@ class _Shared(ctypes.Structure):
         ("action", ctypes.c_int32),
         ("error", ctypes.c_int32),
         ("sticky", ctypes.c_int32),
+        ("lies", ctypes.c_int32),
         ("kinds", ctypes.c_uint32),
         ("target", ctypes.c_int32),
         ("phase", ctypes.c_int32),
@@ -189,6 +206,7 @@ def give(path: Path, run: Path, orders: Orders) -> None:
         action=orders.action,
         error=orders.error,
         sticky=orders.sticky,
+        lies=orders.lies,
         kinds=sum(1 << kind for kind in orders.kinds),
         target=orders.target,
         root=os.fsencode(run),
