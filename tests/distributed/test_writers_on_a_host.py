@@ -80,7 +80,8 @@ def test_with_one_write_slot_at_most_one_writer_of_the_host_writes(tmp_path: Pat
     assert len(intervals) >= 3, "too few writers were seen writing to judge"
     intervals.sort()
     for (_, ended), (began, _) in itertools.pairwise(intervals):
-        assert ended < began, f"two writers wrote at the same time: {intervals}"
+        # Both are seen at once where the second began right after the first had ended.
+        assert ended <= began, f"two writers wrote at the same time: {intervals}"
 
 
 def test_without_a_limit_no_slot_is_taken_and_with_two_at_most_two(tmp_path: Path) -> None:
