@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckptmgr.lifecycle import CheckpointRecord as CheckpointRecord
     from ckptmgr.lifecycle import CheckpointState as CheckpointState
     from ckptmgr.manager import CheckpointManager as CheckpointManager
+    from ckptmgr.options import Permissions as Permissions
     from ckptmgr.options import Timeouts as Timeouts
     from ckptmgr.options import WriterOptions as WriterOptions
     from ckptmgr.resume import Finding as Finding
@@ -86,7 +87,7 @@ _HOMES = {
     "commit": ("Committed",),
     "lifecycle": ("CheckpointRecord", "CheckpointState"),
     "manager": ("CheckpointManager",),
-    "options": ("Timeouts", "WriterOptions"),
+    "options": ("Permissions", "Timeouts", "WriterOptions"),
     "resume": ("Finding", "ResumeReport"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast"),
     "series": ("Series",),

@@ -91,7 +91,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Go:
-    """Rank 0's word to write: where, or why not."""
+    """Rank 0's word to write: where (relative to the run directory), or why not."""
 
     directory: str
     attempt: int = 0
@@ -164,9 +164,9 @@ class Leader:
             staging = self._rundir.create_staging(record)
             # Crash here: PREWRITTEN with an empty staging directory; recovery removes it.
             for name, data in job.writer.prewrite(staging):
-                attempt.prewritten.append(_write_small(staging, name, data))
+                attempt.prewritten.append(self._write_small(staging, name, data))
             for file in job.writer.shared_files():
-                with durable.new_file(staging / file.path) as descriptor:
+                with durable.new_file(staging / file.path, mode=self._rundir.permissions.file_mode) as descriptor:
                     durable.set_size(descriptor, file.size)
                     durable.write_at(descriptor, memoryview(file.header), 0)
             durable.sync_directory(staging)
@@ -178,7 +178,7 @@ class Leader:
             if attempt is not None:
                 self.fail(attempt, (own_failure(in_words(error)),))
             return None, Go("", cause=in_words(error))
-        return attempt, Go(str(staging), record.id)
+        return attempt, Go(record.staging_directory, record.id)
 
     def commit(
         self,
@@ -202,7 +202,7 @@ class Leader:
         started = time.monotonic()
         try:
             staging = self._rundir.absolute(record.staging_directory)
-            concluded = [_write_small(staging, name, data) for name, data in job.writer.conclude(reports)]
+            concluded = [self._write_small(staging, name, data) for name, data in job.writer.conclude(reports)]
             manifest = Manifest(
                 run_id=self._journal.run_id, series=record.series, step=record.step, attempt=record.id,
                 epoch=record.epoch, format=record.format, world_size=record.world_size, created_at=record.created_at,
@@ -284,6 +284,12 @@ class Leader:
         self._thread.join(timeout_s)
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _write_small(self, staging: Path, name: str, data: bytes) -> FileEntry:
+        path = staging / name
+        durable.ensure_directory(path.parent, mode=self._rundir.permissions.directory_mode)
+        durable.write_new(path, data, mode=self._rundir.permissions.file_mode)
+        return FileEntry(name, len(data), Digest(data).text, 0)
 
     def _recorder(self, checkpoint_id: int) -> Callable[[CheckpointState, CheckpointState, Mapping[str, Any]], None]:
         def record(source: CheckpointState, dest: CheckpointState, facts: Mapping[str, Any]) -> None:
@@ -378,13 +384,6 @@ class Leader:
         while (chore := self._chores.get()) is not None:
             with contextlib.suppress(BaseException):  # nothing that a hook does may end this thread
                 chore()
-
-
-def _write_small(staging: Path, name: str, data: bytes) -> FileEntry:
-    path = staging / name
-    durable.ensure_directory(path.parent)
-    durable.write_new(path, data)
-    return FileEntry(name, len(data), Digest(data).text, 0)
 
 
 def _call(hook: Callable[[Committed], Any], event: Committed) -> None:

@@ -6,6 +6,10 @@ each of these calls and a test can forbid them elsewhere. The rules are those of
 rename(2): a file's bytes are durable after fsync of the file, its name only after fsync of the
 directory that holds it. A failed fsync or close is never retried: the kernel may have dropped the
 dirty pages, and a second fsync would claim that they were written.
+
+Every name is reached as `reach` says, so that none of these calls leaves its directory through a link.
+A *mode* is what a new file or directory gets whatever the umask is; with None the umask decides. What is
+new never has a wider mode than it will have, not even for a moment.
 """
 
 from __future__ import annotations
@@ -14,18 +18,19 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ckptmgr import reach
+
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 #: The file system or the kernel does not know renameat2 or the flag asked for.
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
-def make_directory(path: Path, *, mode: int = 0o777) -> None:
+def make_directory(path: Path, *, mode: int | None = None) -> None:
     """
     Create *path*, which must not exist. Durable on return: the entry in its parent is synced.
 
@@ -36,33 +41,47 @@ def make_directory(path: Path, *, mode: int = 0o777) -> None:
     Raises:
         FileExistsError: Something of that name exists, a link included.
     """
-    path.mkdir(mode)
+    with reach.parent(path) as (folder, name):
+        _make_directory(folder, name, mode)
     sync_directory(path.parent)
 
 
-def ensure_directory(path: Path) -> None:
+def ensure_directory(path: Path, *, mode: int | None = None) -> None:
     """Create *path* and its missing parents. Durable on return, even if made by a process that died before syncing."""
     if not path.is_dir():
-        ensure_directory(path.parent)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
+        ensure_directory(path.parent, mode=mode)
+        with reach.parent(path) as (folder, name), contextlib.suppress(FileExistsError):
+            _make_directory(folder, name, mode)
     # A parent that we may not read is not one in which anybody of ours made this.
     with contextlib.suppress(PermissionError):
         sync_directory(path.parent)
 
 
+def _make_directory(folder: int, name: str, mode: int | None) -> None:
+    os.mkdir(name, 0o777 if mode is None else mode & 0o777, dir_fd=folder)
+    if mode is not None:
+        made = _open_directory(folder, name)
+        try:
+            # A group that is handed down from the parent stays.
+            os.fchmod(made, mode | os.fstat(made).st_mode & stat.S_ISGID)
+        finally:
+            os.close(made)
+
+
+def _open_directory(folder: int, name: str) -> int:
+    return os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+
 def sync_file(path: Path) -> None:
     """Fsync the bytes of *path* through a fresh descriptor; its name needs `sync_directory`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with reach.parent(path) as (folder, name), reach.regular(folder, name) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
     """Fsync a directory: names created in it, renamed into it or removed from it are durable on return."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with reach.parent(path) as (folder, name):
+        descriptor = _open_directory(folder, name)
     try:
         os.fsync(descriptor)
     finally:
@@ -75,31 +94,69 @@ def sync_directories(root: Path) -> None:
         sync_directory(Path(directory))
 
 
+def ensure_file(path: Path, *, mode: int | None = None) -> None:
+    """
+    Create *path* empty unless something of that name exists, whatever it is; its name needs `sync_directory`.
+
+    For files that a library opens by their names, so that they have their mode from the first moment.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(_create(path, mode))
+
+
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[int]:
+def new_file(path: Path, *, mode: int | None = None) -> Iterator[int]:
     """
     A descriptor to write a file that must not exist. Its bytes are synced when the block ends well.
 
     The name is durable only after `sync_directory` of its parent. If the block, the fsync or the
     close fails, the error is raised and the file is to be given up.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = _create(path, mode)
     with _synced(descriptor):
         yield descriptor
+
+
+def _create(path: Path, mode: int | None) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with reach.parent(path) as (folder, name):
+        descriptor = os.open(name, flags, 0o666 if mode is None else mode, dir_fd=folder)
+    if mode is not None:
+        try:
+            os.fchmod(descriptor, mode)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor
 
 
 @contextlib.contextmanager
 def shared_file(path: Path) -> Iterator[int]:
-    """A descriptor to write parts of a file that another rank created; synced when the block ends well."""
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with _synced(descriptor):
+    """
+    A descriptor to write parts of a file that another rank created; synced when the block ends well.
+
+    Raises:
+        OSError: It is missing, a link, no regular file, or has a second name, under which it may be somebody else's.
+    """
+    with _synced(_open_only(path)) as descriptor:
         yield descriptor
 
 
+def _open_only(path: Path) -> int:
+    """A descriptor for writing an existing file that has this one name."""
+    with reach.parent(path) as (folder, name):
+        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file with one name", str(path))
+    return descriptor
+
+
 @contextlib.contextmanager
-def _synced(descriptor: int) -> Iterator[None]:
+def _synced(descriptor: int) -> Iterator[int]:
     try:
-        yield
+        yield descriptor
         os.fsync(descriptor)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -140,13 +197,13 @@ def set_size(descriptor: int, size: int) -> bool:
     return True
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write a whole new file and fsync it; its name needs `sync_directory`."""
-    with new_file(path) as descriptor:
+    with new_file(path, mode=mode) as descriptor:
         write_at(descriptor, memoryview(data), 0)
 
 
-def replace_file(path: Path, data: bytes, *, scratch: str) -> None:
+def replace_file(path: Path, data: bytes, *, scratch: str, mode: int | None = None) -> None:
     """
     Put *data* at *path*, atomically: readers see the old bytes or the new ones. Durable on return.
 
@@ -154,17 +211,26 @@ def replace_file(path: Path, data: bytes, *, scratch: str) -> None:
         path: The file to create or replace.
         data: Its new bytes.
         scratch: A name in the same directory that is ours; whatever an earlier crash left there goes.
+        mode: Of the new file.
+
+    Raises:
+        IsADirectoryError: One of the two names is a directory, which is nothing of ours.
     """
     temporary = path.with_name(scratch)
-    temporary.unlink(missing_ok=True)
-    write_new(temporary, data)
+    _remove_file(temporary)
+    write_new(temporary, data, mode=mode)
     rename_over(temporary, path)
     sync_directory(path.parent)
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Overwrite a small existing file in place. A note for people to read: neither atomic nor synced."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """
+    Overwrite a small existing file in place. A note for people to read: neither atomic nor synced.
+
+    Raises:
+        OSError: As of `shared_file`; nothing was written.
+    """
+    descriptor = _open_only(path)
     try:
         os.ftruncate(descriptor, 0)
         write_at(descriptor, memoryview(data), 0)
@@ -175,21 +241,28 @@ def overwrite(path: Path, data: bytes) -> None:
 def replace_link(path: Path, target: str, *, scratch: str) -> None:
     """Point the symbolic link *path* at *target*, atomically and durably."""
     temporary = path.with_name(scratch)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
+    _remove_file(temporary)
+    with reach.parent(temporary) as (folder, name):
+        os.symlink(target, name, dir_fd=folder)
     rename_over(temporary, path)
     sync_directory(path.parent)
 
 
 def remove_link(path: Path) -> None:
     """Remove a symbolic link (never what it points to), durably."""
-    path.unlink(missing_ok=True)
+    _remove_file(path)
     sync_directory(path.parent)
+
+
+def _remove_file(path: Path) -> None:
+    with reach.parent(path) as (folder, name), contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
 
 
 def rename_over(source: Path, target: Path) -> None:
     """Rename over the file or link *target*, if there is one, in one step. The caller syncs the parent directory."""
-    source.replace(target)
+    with reach.parent(source) as (here, old), reach.parent(target) as (there, new):
+        os.replace(old, new, src_dir_fd=here, dst_dir_fd=there)
 
 
 def rename_new(source: Path, target: Path) -> bool:
@@ -207,7 +280,8 @@ def rename_new(source: Path, target: Path) -> bool:
         return True
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "the final name is taken", str(target))
-    source.rename(target)
+    with reach.parent(source) as (here, old), reach.parent(target) as (there, new):
+        os.rename(old, new, src_dir_fd=here, dst_dir_fd=there)
     return False
 
 
@@ -217,12 +291,68 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all in it, never through a link; a missing one is fine. Durable on return."""
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, "refusing to remove through a symbolic link", str(path))
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    """
+    Remove a directory and all in it, never through a link; a missing one is fine. Durable on return.
+
+    However deep it is: no path is formed and nothing calls itself.
+
+    Raises:
+        OSError: It is a link or a file, or something in it cannot be removed or was moved away meanwhile.
+    """
+    with reach.parent(path) as (folder, name):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "refusing to remove through a symbolic link", str(path))
+        with contextlib.suppress(FileNotFoundError):
+            here = _open_directory(folder, name)
+            _empty(here)
+            os.rmdir(name, dir_fd=folder)
     sync_directory(path.parent)
+
+
+def _empty(here: int) -> None:
+    """Remove all that is in a directory, and close its descriptor."""
+    #: What each directory above this one is, and the directories in it that are left, this one last.
+    above: list[tuple[os.stat_result, list[str]]] = []
+    try:
+        left = _remove_files(here)
+        while left or above:
+            if left:
+                try:
+                    below = _open_directory(here, left[-1])
+                except FileNotFoundError:  # somebody else removes it too
+                    left.pop()
+                    continue
+                above.append((os.fstat(here), left))
+                here = _instead(here, below)
+                left = _remove_files(here)
+            else:
+                here = _instead(here, _open_directory(here, ".."))
+                expected, left = above.pop()
+                if not os.path.samestat(expected, os.fstat(here)):
+                    raise OSError(errno.EBUSY, "a directory was moved while it was being removed", left[-1])
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(left[-1], dir_fd=here)
+                left.pop()
+    finally:
+        os.close(here)
+
+
+def _instead(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _remove_files(here: int) -> list[str]:
+    """Remove all that is no directory; the names of the directories."""
+    directories = []
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                directories.append(entry.name)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.name, dir_fd=here)
+    return directories
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
@@ -231,9 +361,10 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
-        return True
-    code = ctypes.get_errno()
+    with reach.parent(source) as (here, old), reach.parent(target) as (there, new):
+        if call(here, os.fsencode(old), there, os.fsencode(new), flags) == 0:
+            return True
+        code = ctypes.get_errno()
     if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(source), None, str(target))

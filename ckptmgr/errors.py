@@ -44,7 +44,7 @@ class CheckpointError(Exception):
     hint: str = ""
 
     def __init__(self, message: str | None = None, *, hint: str | None = None, **facts: Any) -> None:
-        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        self.message = printable(message or (type(self).__doc__ or "").strip().splitlines()[0])
         self.facts = facts
         if hint is not None:
             self.hint = hint
@@ -57,6 +57,13 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.hint, self.facts)
+
+
+def printable(text: str) -> str:
+    """*text* with every character spelled out that could steer a terminal; names and reasons may come from anybody."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def _rebuild(kind: type[CheckpointError], message: str, hint: str, facts: dict[str, Any]) -> CheckpointError:
@@ -232,7 +239,7 @@ class UnsafeResume(CheckpointError):
 
 
 class UnsafePath(CheckpointError, ValueError):
-    """A path leaves the run directory, or passes through a link."""
+    """A path leaves the run directory or passes through a link, or something stands there that is not ours."""
 
     path: str
     reason: str

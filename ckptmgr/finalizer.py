@@ -101,6 +101,8 @@ class Finalizer:
         timeouts: How long anything may take.
         options: How the writer process treats the machine.
         run_id: Names the host's write slots.
+        root: The run directory as this host knows it, without a link in it.
+        file_mode: Of every file that the writer process creates; None leaves it to the umask.
         journal_path: Where a rank that has lost rank 0 looks what became of its save.
         leader: On rank 0 what leads, on the others None.
     """
@@ -113,10 +115,14 @@ class Finalizer:
         options: WriterOptions,
         *,
         run_id: str,
+        root: Path,
+        file_mode: int | None,
         journal_path: Path,
         leader: Leader | None,
     ) -> None:
         self._ranks = ranks
+        self._root = root
+        self._file_mode = file_mode
         self._journal_path = journal_path
         self._ticks = ticks
         self._timeouts = timeouts
@@ -305,7 +311,7 @@ class Finalizer:
                 log.warning("cannot ask the journal what became of attempt %d: %s", attempt, error)
                 break
             if record.state is CheckpointState.FAILED:
-                return tuple(RankFailure(**facts) for facts in record.failures) or silent
+                return _known(record.failures) or silent
             if record.state is CheckpointState.COMMITTED:
                 return ()
             if record.state is not CheckpointState.GATHERED:
@@ -329,7 +335,8 @@ class Finalizer:
             else:
                 cause = self._writer.start(self._timeouts.write_s)
             write = WriteJob(
-                directory=go.directory, arena=job.arena.number, files=job.files, rank=self._ranks.rank,
+                directory=str(self._root / go.directory), arena=job.arena.number, files=job.files,
+                rank=self._ranks.rank, file_mode=self._file_mode,
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
             )  # fmt: skip
             answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
@@ -342,7 +349,8 @@ class Finalizer:
             return Answer()
         if (cause := self._writer.start(self._timeouts.write_s)) is not None:
             return Answer(cause=cause)
-        answer = self._writer.do(DigestJob(go.directory, paths, self._ranks.rank), self._timeouts.write_s)
+        digest = DigestJob(str(self._root / go.directory), paths, self._ranks.rank)
+        answer = self._writer.do(digest, self._timeouts.write_s)
         return answer if answer.cause is None else Answer(cause=answer.cause[:MAX_CAUSE])
 
     def _agree_on_tick(self, job: Job, failures: Sequence[RankFailure]) -> None:
@@ -367,6 +375,14 @@ class Finalizer:
 
     def _own_failure(self, cause: str) -> RankFailure:
         return RankFailure(self._ranks.rank, self._ranks.host, cause)
+
+
+def _known(failures: Sequence[Mapping[str, Any]]) -> tuple[RankFailure, ...]:
+    """What rank 0 wrote down of each failed rank."""
+    try:
+        return tuple(RankFailure(**facts) for facts in failures)
+    except TypeError:  # a row of another version, or of somebody else
+        return ()
 
 
 def _hint(failures: Sequence[RankFailure]) -> str:

@@ -50,7 +50,7 @@ from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format
 from ckptmgr.manifest import FileEntry
-from ckptmgr.options import Timeouts, WriterOptions
+from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series, by_name
@@ -98,13 +98,16 @@ class CheckpointManager:
             raises is logged and undoes nothing.
         timeouts: How long anything may wait, in seconds.
         writers: How the writer processes treat the machine.
+        permissions: The modes of everything that is created; by default the umask decides.
 
     Raises:
         RunLocked: Another process manages this run.
         JournalError: The journal cannot be used; the subclass says why.
         SetupFailed: A rank could not be set up.
+        UnsafePath: What stands at a name of ours may be somebody else's.
         InvalidArgument: The arguments make no sense.
-        RanksDisagree: The ranks gave different *series*, *on_failure*, *when_busy* or *timeouts*, or did not all come.
+        RanksDisagree: The ranks gave different *series*, *on_failure*, *when_busy*, *timeouts* or *permissions*, or
+            did not all come.
     """
 
     def __init__(
@@ -118,12 +121,14 @@ class CheckpointManager:
         on_commit: Hook | Iterable[Hook] = (),
         timeouts: Timeouts | None = None,
         writers: WriterOptions | None = None,
+        permissions: Permissions | None = None,
     ) -> None:
         self._timeouts = timeouts if isinstance(timeouts, Timeouts) else Timeouts()
         self._ranks = Ranks(self._timeouts)
         try:
             _instance("timeouts", timeouts, Timeouts | None)
             _instance("writers", writers, WriterOptions | None)
+            _instance("permissions", permissions, Permissions | None)
             _instance("run_dir", run_dir, str | os.PathLike)
             _instance("journal", journal, str | os.PathLike | None)
             hooks = [on_commit] if callable(on_commit) else list(_instance("on_commit", on_commit, Iterable))
@@ -132,7 +137,7 @@ class CheckpointManager:
             self._series = by_name(series)
             self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
             self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
-            self._rundir = RunDirectory(run_dir, journal)
+            self._rundir = RunDirectory(run_dir, journal, permissions=permissions)
         except CheckpointError as error:
             try:
                 self._meet("CheckpointManager", (0,), error)
@@ -398,8 +403,9 @@ class CheckpointManager:
         plain: dict[str, Any] = {}
         try:
             same_world = resumed.world_size == self._ranks.world_size
-            committed = {entry.path for entry in choice.files}
-            plain = dcp.read(resumed.path, state, self._ranks.rank, same_world=same_world, committed=committed)
+            directory = self._rundir.absolute(choice.directory)
+            files = {entry.path: entry.size for entry in choice.files}
+            plain = dcp.read(directory, state, self._ranks.rank, files=files, same_world=same_world)
         except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
             error = problem
         self._ranks.all_or_none(error, f"loading {resumed.path}")
@@ -450,7 +456,8 @@ class CheckpointManager:
 
     def _set_up(self, hooks: Sequence[Hook], options: WriterOptions) -> None:
         about = [(one.name, one.format.kind) for one in self._series.values()]
-        self._meet("CheckpointManager", (_fingerprint(about, self._on_failure, self._when_busy, self._timeouts),), None)
+        agreed = (about, self._on_failure, self._when_busy, self._timeouts, self._rundir.permissions)
+        self._meet("CheckpointManager", (_fingerprint(*agreed),), None)
         error: Exception | None = None
         if self._ranks.rank == 0:
             try:
@@ -458,13 +465,19 @@ class CheckpointManager:
             except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
                 error = problem
         self._ranks.all_or_none(error, "opening the run")
-        run_id = self._ranks.broadcast(self._journal.run_id if self._journal is not None else None)
+        run_id = self._journal.run_id if self._journal is not None else ""
+        run_id, *places = self._ranks.broadcast((run_id, str(self._rundir.path), str(self._rundir.journal_path)))
+        if self._ranks.rank:
+            # Rank 0's places, by the names that have no link in them on this host.
+            self._rundir = RunDirectory(*places, permissions=self._rundir.permissions)
         self._finalizer = Finalizer(
             self._ranks,
             self._ticks,
             self._timeouts,
             options,
             run_id=run_id,
+            root=self._rundir.path,
+            file_mode=self._rundir.permissions.file_mode,
             journal_path=self._rundir.journal_path,
             leader=self._leader,
         )
@@ -475,7 +488,7 @@ class CheckpointManager:
         """Rank 0 only: lock, journal, epoch, recovery, projections."""
         self._rundir.acquire("CheckpointManager", timeout_s=0.0)
         self._rundir.require_journal()
-        self._journal = Journal.open(self._rundir.journal_path)
+        self._journal = Journal.open(self._rundir.journal_path, file_mode=self._rundir.permissions.file_mode)
         self._rundir.pair(self._journal.run_id, managed=bool(self._journal.series()))
         for name, one in self._series.items():
             if (known := self._journal.format_of(name)) not in (None, one.format.kind):
@@ -588,7 +601,7 @@ class CheckpointManager:
     def _spelled(self, call: str, first: int, step: int = 0, *options: int) -> str:
         """Arguments made by `_call` in words; of a manager only a fingerprint passes between ranks."""
         if call == "CheckpointManager":
-            return f"series, on_failure, when_busy and timeouts #{first:x}"
+            return f"series, on_failure, when_busy, timeouts and permissions #{first:x}"
         words = [str(step - 1)] if step else []
         words += [f"series={list(self._series)[first - 1]!r}"]
         words += [f"{name}={bool(value)}" for name, value in zip(_CALLS[call], options, strict=False)]

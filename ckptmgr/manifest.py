@@ -25,7 +25,15 @@ from ckptmgr.lifecycle import Format
 
 MANIFEST_NAME = "ckptmgr.json"
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 1 << 30
+#: A quarter of a million files. A manifest of this size takes less than a GiB of memory, however it is made.
+MAX_MANIFEST_BYTES = 32 << 20
+#: Numbers of steps, attempts, epochs and ranks: what a directory name has room for.
+MAX_NUMBER = 10**18 - 1
+#: Bytes that a file, or all files of a checkpoint, can have.
+_MAX_BYTES = (1 << 63) - 1
+#: Bytes of one part of a path, on every file system that counts.
+_MAX_NAME_BYTES = 255
+_RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}\Z")
 _DIGEST = re.compile(r"xxh3_128:[0-9a-f]{32}\Z")
 
 
@@ -94,72 +102,46 @@ class Manifest:
 
         Raises:
             CorruptCheckpoint: Not JSON, another version, a missing or mistyped field, a name that
-                leaves the directory, a negative size, or a path listed twice.
+                leaves the directory, a negative size, a path or a field listed twice, or more than
+                `MAX_MANIFEST_BYTES`.
         """
-
-        def bad(why: str) -> CorruptCheckpoint:
-            return CorruptCheckpoint(f"{where}: {why}", directory=where, mismatches=(why,))
-
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise _Fields({}, where).bad(f"it has {len(text)} bytes, more than {MAX_MANIFEST_BYTES}")
         try:
-            body = json.loads(text if isinstance(text, str) else bytes(text), parse_constant=_reject)
+            data = text if isinstance(text, str) else bytes(text)
+            parsed = json.loads(data, parse_constant=_reject, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            raise bad(f"not a manifest: {error}") from error
-        if not isinstance(body, dict):
-            raise bad("not a JSON object")
+            raise _Fields({}, where).bad(f"not a manifest: {error}") from error
+        body = _Fields(parsed, where)
         if type(version := body.get("format_version")) is not int or version != FORMAT_VERSION:
-            raise bad(f"format_version is {version!r}, this version reads {FORMAT_VERSION}")
-
-        def take(holder: dict[str, Any], key: str, *kinds: type) -> Any:
-            value = holder.get(key)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise bad(f"{key!r} is {type(value).__name__}")
-            if isinstance(value, str | int | float) and not (_is_text(value) or _is_finite(value)):
-                raise bad(f"{key!r} is nothing that a file or a database can hold")
-            return value
-
-        def count(holder: dict[str, Any], key: str) -> int:
-            value = take(holder, key, int)
-            if not 0 <= value < 1 << 63:
-                raise bad(f"{key!r} is out of range")
-            return int(value)
-
-        files = []
-        seen = set()
-        for row in take(body, "files", list):
-            if not isinstance(row, dict):
-                raise bad("a file entry is not an object")
-            path = take(row, "path", str)
-            if not is_plain_relative(path):
-                raise bad(f"file name {path!r} leaves the directory")
-            if path in seen:
-                raise bad(f"file {path!r} is listed twice")
-            seen.add(path)
-            digest = take(row, "digest", str)
-            if not _DIGEST.match(digest):
-                raise bad(f"file {path!r} has a malformed digest")
-            files.append(FileEntry(path, count(row, "size"), digest, count(row, "rank")))
-        per_rank = take(body, "per_rank", list)
-        metrics = take(body, "metrics", dict)
-        versions = take(body, "versions", dict)
+            raise body.bad(f"format_version is {version!r}, this version reads {FORMAT_VERSION}")
+        files = [_file(_Fields(row, where)) for row in body.take("files", list)]
+        if len({entry.path for entry in files}) != len(files):
+            raise body.bad("a file is listed twice")
+        if sum(entry.size for entry in files) > _MAX_BYTES:
+            raise body.bad("the files have more bytes than there can be")
+        per_rank = body.take("per_rank", list)
+        metrics = body.take("metrics", dict)
+        versions = body.take("versions", dict)
         if not all(_is_text(name) for name in per_rank):
-            raise bad("'per_rank' holds something other than names")
-        if not all(_is_text(name) and _is_finite(value) for name, value in metrics.items()):
-            raise bad("'metrics' holds something other than numbers")
+            raise body.bad("'per_rank' holds something other than names")
+        if not all(_is_text(name) and is_finite(value) for name, value in metrics.items()):
+            raise body.bad("'metrics' holds something other than numbers")
         if not all(_is_text(text) for pair in versions.items() for text in pair):
-            raise bad("'versions' holds something other than text")
+            raise body.bad("'versions' holds something other than text")
         try:
-            layout = Format(take(body, "format", str))
+            layout = Format(body.take("format", str))
         except ValueError as error:
-            raise bad(f"unknown format {body['format']!r}") from error
+            raise body.bad(f"unknown format {body.get('format')!r}") from error
         return cls(
-            run_id=take(body, "run_id", str),
-            series=take(body, "series", str),
-            step=count(body, "step"),
-            attempt=count(body, "attempt"),
-            epoch=count(body, "epoch"),
+            run_id=body.take("run_id", str),
+            series=body.take("series", str),
+            step=body.count("step"),
+            attempt=body.count("attempt"),
+            epoch=body.count("epoch"),
             format=layout,
-            world_size=count(body, "world_size"),
-            created_at=float(take(body, "created_at", int, float)),
+            world_size=body.count("world_size"),
+            created_at=float(body.take("created_at", int, float)),
             files=tuple(sorted(files, key=lambda entry: entry.path)),
             per_rank=tuple(per_rank),
             metrics=metrics,
@@ -167,12 +149,73 @@ class Manifest:
         )
 
 
+class _Fields:
+    """One JSON object of a manifest, whose fields are checked as they are taken."""
+
+    def __init__(self, body: object, where: str) -> None:
+        self._where = where
+        if not isinstance(body, dict):
+            raise self.bad("not a JSON object")
+        self._body = body
+
+    def bad(self, why: str) -> CorruptCheckpoint:
+        """The error that says *why* the manifest cannot be trusted."""
+        return CorruptCheckpoint(f"{self._where}: {why}", directory=self._where, mismatches=(why,))
+
+    def get(self, key: str) -> Any:
+        """Whatever stands there, None if nothing does."""
+        return self._body.get(key)
+
+    def take(self, key: str, *kinds: type) -> Any:
+        """A field that is of one of *kinds*."""
+        value = self._body.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise self.bad(f"{key!r} is {type(value).__name__}")
+        if isinstance(value, str | int | float) and not (_is_text(value) or is_finite(value)):
+            raise self.bad(f"{key!r} is nothing that a file or a database can hold")
+        return value
+
+    def count(self, key: str, limit: int = MAX_NUMBER) -> int:
+        """A whole number from 0 to *limit*."""
+        value = self.take(key, int)
+        if not 0 <= value <= limit:
+            raise self.bad(f"{key!r} is out of range")
+        return int(value)
+
+
+def _file(row: _Fields) -> FileEntry:
+    path = row.take("path", str)
+    if not is_plain_relative(path):
+        raise row.bad(f"file name {path[:80]!r} leaves the directory, or no file can have it")
+    digest = row.take("digest", str)
+    if not is_digest(digest):
+        raise row.bad(f"file {path!r} has a malformed digest")
+    return FileEntry(path, row.count("size", _MAX_BYTES), digest, row.count("rank"))
+
+
+def is_digest(text: object) -> bool:
+    """Whether *text* is the digest of a file as it stands in a manifest."""
+    return isinstance(text, str) and _DIGEST.match(text) is not None
+
+
+def is_run_id(text: object) -> bool:
+    """Whether *text* can say which run something belongs to. Ours are 32 hex digits."""
+    return isinstance(text, str) and _RUN_ID.match(text) is not None
+
+
 def is_plain_relative(path: str) -> bool:
-    """Whether *path* is a clean relative POSIX path: no root, no ``..``, no empty part, no NUL, no backslash."""
-    if not path or len(path) > 4096 or "\0" in path or "\\" in path or not _is_text(path):
+    """
+    Whether *path* is a clean relative POSIX path of characters that can be printed.
+
+    That is: no root, no ``..``, no empty part, no backslash, nothing that steers a terminal, and no part or
+    whole that is longer than file systems take.
+    """
+    if not isinstance(path, str) or len(path) > 4096 or not path.isprintable() or "\\" in path:
+        return False
+    if any(len(part.encode()) > _MAX_NAME_BYTES for part in path.split("/")):
         return False
     pure = PurePosixPath(path)
-    return not pure.is_absolute() and ".." not in pure.parts and "." not in path.split("/") and str(pure) == path
+    return bool(path) and not pure.is_absolute() and not {".", ".."} & {*path.split("/")} and str(pure) == path
 
 
 def _is_text(value: object) -> bool:
@@ -186,12 +229,20 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     """Whether *value* is a number that a float can hold; JSON can spell larger ones, such as 1e999."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two fields with one name another reader might take the other one."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field is there twice")
+    return found
 
 
 def _reject(word: str) -> float:

@@ -1,5 +1,5 @@
 """
-What can be tuned, in one place: timeouts in seconds, and how writers treat the machine.
+What can be tuned, in one place: timeouts in seconds, how writers treat the machine, and who may read what is written.
 
 Every field can be given in code or, where the call site cannot be changed, by the environment
 variable named ``CKPTMGR_<FIELD>`` in upper case; code wins over the environment. The table in
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -50,9 +51,13 @@ def parse_size(size: int | str) -> int:
     Raises:
         InvalidArgument: Neither, or not above 0.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    try:
+        text = str(size)
+    except ValueError:  # of a number with thousands of digits
+        text = ""
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]{0,3})\s*", text)
     if isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
-        raise InvalidArgument(f"{size!r} is not a size; give bytes or text like '5GB'")
+        raise InvalidArgument(f"{text[:80]!r} is not a size; give bytes or text like '5GB'")
     count = float(match[1]) * _UNITS[match[2].upper()]
     if not 1 <= count < 1 << 63:
         raise InvalidArgument(f"{size!r} is not a size from 1 byte to 8 EiB")
@@ -86,6 +91,23 @@ def _io_class(name: str, value: Any) -> str:
     if value not in ("none", "best-effort", "idle"):
         raise InvalidArgument(f"{name} is {value!r}; it must be 'none', 'best-effort' or 'idle'")
     return str(value)
+
+
+def _mode(allowed: int, required: int) -> Any:
+    def parse(name: str, value: Any) -> int:
+        try:
+            number = int(value, 8) if isinstance(value, str) else operator.index(value)
+        except (TypeError, ValueError):
+            number = 0
+        if isinstance(value, bool) or number & ~allowed or number & required != required:
+            shown = oct(value) if isinstance(value, int) else repr(value)
+            raise InvalidArgument(
+                f"{name} is {shown}; it must be a mode with all bits of 0o{required:o} and none beyond 0o{allowed:o}",
+                hint="write it in octal: 0o640 in code, 0640 in the environment",
+            )
+        return number
+
+    return parse
 
 
 def _option(default: Any, parse: Any) -> Any:
@@ -122,7 +144,22 @@ class WriterOptions(_FromEnvironment):
     """I/O scheduling class of the writer: none (derived from nice), best-effort or idle."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Permissions(_FromEnvironment):
+    """
+    The modes of everything that is created: files and directories of the run, journal, lock, backups.
+
+    With a mode the umask does not count; without one it decides, as for any other program. In the
+    environment modes are octal digits, like ``0640``.
+    """
+
+    file_mode: int | None = _option(None, _mode(0o666, 0o600))
+    """Mode of every file; None leaves it to the umask (0o666 without its bits)."""
+    directory_mode: int | None = _option(None, _mode(0o2777, 0o700))
+    """Mode of every directory; None leaves it to the umask (0o777 without its bits)."""
+
+
 def defaults() -> Mapping[str, Any]:
     """Every option's default by field name, as the documentation states them."""
-    fields = (*dataclasses.fields(Timeouts), *dataclasses.fields(WriterOptions))
+    fields = (*dataclasses.fields(Timeouts), *dataclasses.fields(WriterOptions), *dataclasses.fields(Permissions))
     return {field.name: field.metadata["default"] for field in fields}

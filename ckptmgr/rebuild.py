@@ -7,18 +7,21 @@ is reported with the reason and left alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, JournalError, UnsafePath
-from ckptmgr.manifest import Manifest
+from ckptmgr.manifest import Manifest, is_run_id
 from ckptmgr.recovery import Found, FoundKind, ReportStranger, as_dict
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
     from ckptmgr.rundir import RunDirectory
+
+
+#: Far above what a run can reach, and far below `MAX_NUMBER`, so that whatever follows has room.
+MAX_REBUILT = 10**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ def preview_rebuild(rundir: RunDirectory) -> RebuildReport:
         else:
             skipped.append(ReportStranger(item.path, why))
     epochs = [item.epoch or 0 for item in everything] + [item.manifest.epoch for item in accepted]
+    epochs = [number for number in epochs if number <= MAX_REBUILT]
     return RebuildReport(
         run_id, tuple(accepted), tuple(sorted(skipped, key=lambda s: s.path)), max(epochs, default=0), applied=False
     )
@@ -140,23 +144,27 @@ def rebuild(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
 
 def _everything(rundir: RunDirectory) -> list[Found]:
     """What stands below every directory that can be a series, for a journal that knows no series."""
-    found: list[Found] = []
-    for entry in sorted(rundir.path.iterdir()) if rundir.path.is_dir() else ():
-        if entry.is_dir() and not entry.is_symlink():
-            with contextlib.suppress(InvalidArgument):
-                found += rundir.listing([entry.name])
-    return found
+    return rundir.listing(rundir.series_on_disk())
 
 
 def _why_not_taken_in(item: Found, manifest: Manifest, run_id: str | None, taken: Sequence[Manifest]) -> str | None:
-    if manifest.run_id != run_id:
-        return f"it belongs to run {manifest.run_id}"
-    if f"{manifest.series}/{manifest.format.directory_name(manifest.step)}" != item.path:
-        return f"its manifest says it is {manifest.series} step {manifest.step}"
-    if not (manifest.attempt and manifest.epoch and manifest.world_size):
-        return "its manifest has no attempt, epoch or world size"
-    if any(other.attempt == manifest.attempt for other in taken):
-        return f"another directory holds attempt {manifest.attempt} too"
-    if any((other.series, other.step) == (manifest.series, manifest.step) for other in taken):
-        return f"another directory holds step {manifest.step} of {manifest.series} too"
-    return None
+    numbers = (manifest.step, manifest.attempt, manifest.epoch)
+    this = (manifest.series, manifest.step)
+    reasons = {
+        f"it belongs to run {manifest.run_id}": manifest.run_id != run_id,
+        "its manifest names no run": not is_run_id(manifest.run_id),
+        f"its manifest says it is {manifest.series} step {manifest.step}": (
+            f"{manifest.series}/{manifest.format.directory_name(manifest.step)}" != item.path
+        ),
+        "its manifest has no attempt, epoch or world size": not (
+            manifest.attempt and manifest.epoch and manifest.world_size
+        ),
+        "its step, attempt or epoch is larger than any that ckptmgr gives out": max(numbers) > MAX_REBUILT,
+        f"another directory holds attempt {manifest.attempt} too": any(
+            other.attempt == manifest.attempt for other in taken
+        ),
+        f"another directory holds step {manifest.step} of {manifest.series} too": any(
+            (other.series, other.step) == this for other in taken
+        ),
+    }
+    return next((why for why, applies in reasons.items() if applies), None)

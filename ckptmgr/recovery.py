@@ -26,7 +26,7 @@ import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, assert_never
 
-from ckptmgr.errors import InvalidArgument
+from ckptmgr.errors import InvalidArgument, printable
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
 from ckptmgr.manifest import MANIFEST_NAME, Manifest
 
@@ -201,7 +201,7 @@ class ReportStranger:
 
     @property
     def text(self) -> str:
-        return f"{self.path} is left alone: {self.why}"
+        return printable(f"{self.path} is left alone: {self.why}")
 
 
 Action: TypeAlias = (

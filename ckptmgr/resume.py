@@ -14,7 +14,7 @@ import enum
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr.errors import InvalidArgument
+from ckptmgr.errors import InvalidArgument, printable
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manifest import MANIFEST_NAME, FileEntry, Manifest
 
@@ -279,7 +279,7 @@ def _on_disk(record: CheckpointRecord, item: Found | None, files: Sequence[FileE
         for id, texts in sorted(by_id.items())
     ]
     if item.extra:
-        text = f"{record.directory} holds what was not committed: {_some(item.extra)}"
+        text = f"{record.directory} holds what was not committed: {printable(_some(item.extra))}"
         hint = "ckptmgr does not read it; move it away if other programs might"
         found.append(Finding("R013", Level.WARNING, text, hint, record.series, record.step, record.id))
     return found
@@ -362,7 +362,7 @@ def _unknown(rows: Sequence[CheckpointRecord], found: Iterable[Found], *, newest
     for item in sorted(found, key=lambda item: item.path):
         if item.path in known or item.is_our_link:
             continue
-        text = f"{item.path} is not known to the journal; it is never resumed from and never deleted"
+        text = f"{printable(item.path)} is not known to the journal; it is never resumed from and never deleted"
         id, level, hint = "R008", Level.INFO, "run `ckptmgr recover RUN` to see what it holds"
         if newest is not None and _is_published(item) and item.holds not in attempts and (item.holds or 0) > newest:
             text = f"{item.path} holds attempt {item.holds} of this run, published, and the journal ends before it"

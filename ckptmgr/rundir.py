@@ -18,13 +18,13 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import Timeout, UnixFileLock
 
-from ckptmgr import durable
+from ckptmgr import durable, reach
 from ckptmgr.errors import (
     CorruptCheckpoint,
     ForeignJournal,
@@ -35,14 +35,25 @@ from ckptmgr.errors import (
     UnsafePath,
 )
 from ckptmgr.lifecycle import CheckpointRecord, Format
-from ckptmgr.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Digest, FileEntry, Manifest, is_plain_relative
+from ckptmgr.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Digest,
+    FileEntry,
+    Manifest,
+    is_plain_relative,
+    is_run_id,
+)
+from ckptmgr.options import Permissions
 from ckptmgr.recovery import Found, FoundKind
 
 META_NAME = "meta.json"
 RUN_ID_NAME = ".ckptmgr-run-id"
 LATEST_NAME = "hf-latest"
 _LATEST_SCRATCH = f".{LATEST_NAME}.new"
-READ_BYTES = 8 << 20
+#: Names in one directory that are looked at: a listing of more takes more than a GiB of memory.
+MAX_ENTRIES = 1_000_000
+MAX_META_BYTES = 32 << 20
 
 _SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _FINAL = re.compile(r"(?:step|hf)-(0|[1-9][0-9]{0,17})\Z")
@@ -51,7 +62,10 @@ _WORKING = re.compile(
     r"\.(incomplete|retired|quarantined)(?:(?<=quarantined)\.[0-9]+)?\Z"
 )
 #: Errors that say that no such regular file is there, rather than that the disk cannot be read.
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG)
+#: Errors that say that something else stands where a file of ours would be created or replaced.
+_TAKEN = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
+_MARK = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
 _KINDS = {
     "incomplete": FoundKind.STAGING,
     "retired": FoundKind.RETIRED,
@@ -81,21 +95,32 @@ class RunDirectory:
     Args:
         path: The run directory, or its ``.journal.db``. Links in it are resolved once, here.
         journal: The journal file, if it is not ``<run>.journal.db`` beside the run directory.
+        permissions: The modes of what is created; by default as the environment says.
+
+    Raises:
+        InvalidArgument: *path* or *journal* cannot be a path.
     """
 
-    def __init__(self, path: str | os.PathLike[str], journal: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        journal: str | os.PathLike[str] | None = None,
+        *,
+        permissions: Permissions | None = None,
+    ) -> None:
+        self.permissions = permissions or Permissions()
         given = Path(path)
         if journal is None and given.name.endswith(".journal.db"):
             journal = given
             given = given.with_name(given.name.removesuffix(".journal.db"))
-        self.path = given.resolve()
+        self.path = _resolved(given)
         if self.path == Path(self.path.anchor) or not self.path.name:
             raise InvalidArgument(f"{str(given)!r} cannot be a run directory")
         if journal is None:
             self.journal_path = self.path.with_name(self.path.name + ".journal.db")
         else:
             beside = Path(journal)
-            self.journal_path = beside.parent.resolve() / beside.name
+            self.journal_path = _resolved(beside.parent) / beside.name
         self.lock_path = self.journal_path.with_name(self.journal_path.name.removesuffix(".db") + ".lock")
         self._lock: UnixFileLock | None = None
 
@@ -108,8 +133,12 @@ class RunDirectory:
         Raises:
             RunLocked: Another process holds it; ``holder`` says who, where and since when.
             LockUnsupported: This file system cannot lock (never a silent soft lock).
+            UnsafePath: Lock, journal or run directory may be somebody else's: a link, a file with a second
+                name, no file at all, or another user's in a directory where everybody may make files.
         """
-        durable.ensure_directory(self.lock_path.parent)
+        durable.ensure_directory(self.lock_path.parent, mode=self.permissions.directory_mode)
+        self._refuse_what_was_planted()
+        durable.ensure_file(self.lock_path, mode=self.permissions.file_mode)
         lock = UnixFileLock(self.lock_path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -123,7 +152,12 @@ class RunDirectory:
             ) from error
         self._lock = lock
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
-        durable.overwrite(self.lock_path, json.dumps(note).encode())
+        try:
+            with _taken_is_unsafe(self.lock_path):
+                durable.overwrite(self.lock_path, json.dumps(note).encode())
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Free the run lock. The file stays: removing it would let two holders in."""
@@ -134,7 +168,7 @@ class RunDirectory:
     def holder(self) -> str:
         """Who took the run lock last, in words."""
         try:
-            note = json.loads(_read_small(self.lock_path, 1 << 16))
+            note = json.loads(reach.read(self.lock_path, 1 << 16))
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(note["since"]))
             return f"{note['command']}, pid {int(note['pid'])} on {note['host']}, since {since}"
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, CorruptCheckpoint):
@@ -147,26 +181,27 @@ class RunDirectory:
         The run this directory belongs to, or None if no manager has opened it yet.
 
         Raises:
-            UnsafePath: The mark that says so is a link or no regular file: nothing of ours.
+            UnsafePath: The mark that says so is a link, no regular file, or says something else: nothing of ours.
             InvalidArgument: The run directory is no directory.
         """
         mark = self.path / RUN_ID_NAME
         try:
-            text = _read_small(mark, 4096)
+            text = reach.read(mark, 4096).decode(errors="replace").strip()
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:
             raise InvalidArgument(f"{self.path} is not a directory") from error
-        except OSError as error:
-            if error.errno not in _ABSENT:
+        except (OSError, CorruptCheckpoint) as error:
+            if isinstance(error, OSError) and error.errno not in _ABSENT:
                 raise
-            hint = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
-            raise UnsafePath(f"{mark} is not a regular file", hint=hint, path=str(mark), reason=str(error)) from error
-        return text.decode(errors="replace").strip()
+            raise UnsafePath(f"{mark} is not a regular file", hint=_MARK, path=str(mark), reason=str(error)) from error
+        if not is_run_id(text):
+            raise UnsafePath(f"{mark} holds no run id", hint=_MARK, path=str(mark), reason="no run id")
+        return text
 
     def write_run_id(self, run_id: str) -> None:
         """Mark the directory as *run_id*'s; durable on return."""
-        durable.replace_file(self.path / RUN_ID_NAME, (run_id + "\n").encode(), scratch=RUN_ID_NAME + ".new")
+        self._replace(RUN_ID_NAME, (run_id + "\n").encode(), scratch=RUN_ID_NAME + ".new")
 
     def require_journal(self) -> None:
         """
@@ -208,7 +243,7 @@ class RunDirectory:
     def pair(self, run_id: str, *, managed: bool = False) -> None:
         """Like `require_pair`, and a fresh directory is created and marked as *run_id*'s; durable on return."""
         self.require_pair(run_id, managed=managed)
-        durable.ensure_directory(self.path)
+        durable.ensure_directory(self.path, mode=self.permissions.directory_mode)
         if self.run_id() is None:
             self.write_run_id(run_id)
 
@@ -224,31 +259,34 @@ class RunDirectory:
             series: Names of series; a missing directory holds nothing.
             deep_for: Paths whose files are verified by digest.
             sizes_for: Paths whose files are verified by size.
+
+        Raises:
+            UnsafePath: The directory of a series is a link or a file, or has more than `MAX_ENTRIES` names.
         """
         found = []
         for name in series:
-            directory = self.path / check_series_name(name)
-            if directory.is_symlink():
-                raise UnsafePath(f"{directory} is a link", path=name, reason="links are not followed")
-            try:
-                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-            except FileNotFoundError:
-                continue
+            entries = _entries(self._inside(check_series_name(name)))
             found += [self._look(name, entry, deep_for, sizes_for) for entry in entries]
         return found
 
+    def series_on_disk(self) -> list[str]:
+        """The names of all directories that can be those of a series."""
+        names = (name for name, kind in _entries(self.path) if kind == stat.S_IFDIR and _SERIES.match(name))
+        return sorted(names)
+
     def _look(
-        self, series: str, entry: os.DirEntry[str], deep_for: Collection[str], sizes_for: Collection[str]
+        self, series: str, entry: tuple[str, int], deep_for: Collection[str], sizes_for: Collection[str]
     ) -> Found:
-        path = f"{series}/{entry.name}"
-        is_directory = entry.is_dir(follow_symlinks=False)
+        name, file_type = entry
+        path = f"{series}/{name}"
+        is_directory = file_type == stat.S_IFDIR
         step = epoch = attempt = None
         kind = FoundKind.OTHER
-        if match := _FINAL.match(entry.name):
+        if match := _FINAL.match(name):
             kind, step = FoundKind.FINAL, int(match[1])
-        elif match := _WORKING.match(entry.name):
+        elif match := _WORKING.match(name):
             kind, step, epoch, attempt = _KINDS[match[4]], int(match[1]), int(match[2]), int(match[3])
-        elif entry.is_symlink() and entry.name in (LATEST_NAME, _LATEST_SCRATCH):
+        elif file_type == stat.S_IFLNK and name in (LATEST_NAME, _LATEST_SCRATCH):
             kind = FoundKind.LINK
         holds = digest = mismatches = ours = None
         extra: tuple[str, ...] = ()
@@ -293,7 +331,7 @@ class RunDirectory:
             CorruptCheckpoint: It cannot be trusted.
         """
         name = self._inside(path) / MANIFEST_NAME
-        data = _read_small(name, MAX_MANIFEST_BYTES)
+        data = reach.read(name, MAX_MANIFEST_BYTES)
         return Manifest.from_json(data, where=str(name)), Digest(data).text
 
     def verify(
@@ -316,11 +354,19 @@ class RunDirectory:
         Returns:
             What differs, each starting with ``missing:``, ``unreadable:``, ``size:`` or ``digest:``; empty if intact.
         """
-        directory = self._inside(path)
+        try:
+            with reach.directory(self._inside(path)) as folder:
+                return tuple(self._compare(folder, files, digests=digests, progress=progress))
+        except (FileNotFoundError, NotADirectoryError):
+            return tuple(f"missing: {entry.path} cannot be read: there is no directory {path}" for entry in files)
+
+    def _compare(
+        self, folder: int, files: Sequence[FileEntry], *, digests: bool, progress: Callable[[int], None] | None
+    ) -> list[str]:
         wrong = []
         for entry in files:
             try:
-                with _open_regular(directory, entry.path) as descriptor:
+                with reach.regular(folder, entry.path) as descriptor:
                     size = os.fstat(descriptor).st_size
                     if size != entry.size:
                         wrong.append(f"size: {entry.path} has {size} bytes, {entry.size} were committed")
@@ -329,7 +375,7 @@ class RunDirectory:
             except OSError as error:
                 word = "missing" if error.errno in _ABSENT else "unreadable"
                 wrong.append(f"{word}: {entry.path} cannot be read: {error.strerror or error}")
-        return tuple(wrong)
+        return wrong
 
     def exists(self, path: str) -> bool:
         """Whether anything, a dangling link included, stands at *path*."""
@@ -356,8 +402,8 @@ class RunDirectory:
                 reason="taken",
             )
         staging = self._inside(record.staging_directory)
-        durable.ensure_directory(staging.parent)
-        durable.make_directory(staging)
+        durable.ensure_directory(staging.parent, mode=self.permissions.directory_mode)
+        durable.make_directory(staging, mode=self.permissions.directory_mode)
         return staging
 
     def seal(self, record: CheckpointRecord, manifest: Manifest) -> str:
@@ -371,6 +417,7 @@ class RunDirectory:
 
         Raises:
             CorruptCheckpoint: The directory does not hold exactly the files the ranks reported.
+            InvalidArgument: There are more files than a manifest can list.
         """
         staging = self._inside(record.staging_directory)
         there = {str(Path(root, name).relative_to(staging)) for root, _, names in os.walk(staging) for name in names}
@@ -386,7 +433,11 @@ class RunDirectory:
                 mismatches=tuple(wrong),
             )
         text = manifest.to_json().encode()
-        durable.write_new(staging / MANIFEST_NAME, text)
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise InvalidArgument(
+                f"the manifest of {len(manifest.files)} files has {len(text)} bytes, more than {MAX_MANIFEST_BYTES}"
+            )
+        durable.write_new(staging / MANIFEST_NAME, text, mode=self.permissions.file_mode)
         durable.sync_directories(staging)
         durable.sync_directory(staging.parent)
         return Digest(text).text
@@ -505,12 +556,12 @@ class RunDirectory:
             body[f"{name}_list"] = [record.directory for record in of_series]
         text = json.dumps(body, indent=2) + "\n"
         if self.read_meta() != body:
-            durable.replace_file(self.path / META_NAME, text.encode(), scratch=f".{META_NAME}.new")
+            self._replace(META_NAME, text.encode(), scratch=f".{META_NAME}.new")
 
     def read_meta(self) -> Mapping[str, Any] | None:
         """What ``meta.json`` says, or None if it is missing or unreadable. Nothing is decided by it."""
         try:
-            body = json.loads(_read_small(self.path / META_NAME, 64 << 20))
+            body = json.loads(reach.read(self.path / META_NAME, MAX_META_BYTES))
         except (OSError, ValueError, RecursionError, CorruptCheckpoint):
             return None
         return body if isinstance(body, dict) else None
@@ -525,7 +576,8 @@ class RunDirectory:
         if target is None and current is not None:
             durable.remove_link(link)
         elif target is not None and target != current:
-            durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
+            with _taken_is_unsafe(link):
+                durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
 
     def stale_projections(self, run_id: str, live: Sequence[CheckpointRecord]) -> list[str]:
         """
@@ -552,6 +604,28 @@ class RunDirectory:
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _replace(self, name: str, data: bytes, *, scratch: str) -> None:
+        with _taken_is_unsafe(self.path / name):
+            durable.replace_file(self.path / name, data, scratch=scratch, mode=self.permissions.file_mode)
+
+    def _refuse_what_was_planted(self) -> None:
+        """Refuse to write into what somebody else may have put where a run of ours is to begin."""
+        for path in (self.path, self.lock_path, self.journal_path, Path(f"{self.journal_path}-journal")):
+            try:
+                found, around = path.lstat(), path.parent.stat()
+            except FileNotFoundError:
+                continue
+            if path == self.lock_path and (not stat.S_ISREG(found.st_mode) or found.st_nlink != 1):
+                what = f"has {found.st_nlink} names" if stat.S_ISREG(found.st_mode) else "is a link or no file"
+                hint = "remove it; ckptmgr makes a plain file of its own there"
+                raise UnsafePath(f"the run lock {path} {what}", hint=hint, path=str(path), reason=what)
+            # As Linux with fs.protected_regular=2, whatever it is set to.
+            shared = around.st_mode & stat.S_ISVTX and around.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if shared and found.st_uid not in (os.geteuid(), around.st_uid, 0):
+                what = f"belongs to user {found.st_uid}, in a directory where others may make files"
+                hint = "keep runs in a directory of your own, or remove what is not yours"
+                raise UnsafePath(f"{path} {what}", hint=hint, path=str(path), reason="another user's")
+
     def _remove(self, path: Path) -> None:
         if os.path.lexists(path):
             # A process that died may have renamed it to this name and not synced that: a power cut during
@@ -571,53 +645,71 @@ class RunDirectory:
         if not is_plain_relative(path):
             raise UnsafePath(f"{path!r} leaves the run directory", path=path, reason="not a plain relative path")
         here = self.path
-        for part in path.split("/")[:-1]:
+        for part in ("", *path.split("/")[:-1]):
             here = here / part
             if here.is_symlink():
                 raise UnsafePath(f"{here} is a link", path=path, reason="links are not followed")
         return self.path / path
 
 
+def _resolved(path: Path) -> Path:
+    """*path* with its links resolved, as far as it exists."""
+    try:
+        resolved = path.resolve()
+        os.fsencode(resolved)
+        resolved.is_dir()
+    except (RuntimeError, ValueError) as error:  # links that lead round in a circle; a NUL
+        raise InvalidArgument(f"{str(path)!r} cannot be a path: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise InvalidArgument(f"{str(path)!r} cannot be a path: {error.strerror}") from error
+    return resolved
+
+
+def _entries(directory: Path) -> list[tuple[str, int]]:
+    """The names in *directory* in order, each with its type as in ``st_mode``; none if it is missing."""
+    found = []
+    try:
+        with reach.directory(directory) as folder:
+            readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            with os.scandir(readable) as entries:
+                for entry in itertools.islice(entries, MAX_ENTRIES + 1):
+                    is_directory = entry.is_dir(follow_symlinks=False)
+                    kind = stat.S_IFDIR if is_directory else stat.S_IFLNK if entry.is_symlink() else 0
+                    found.append((entry.name, kind))
+        finally:
+            os.close(readable)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        text = f"{directory} is a link or a file, not a directory"
+        raise UnsafePath(text, path=str(directory), reason="not a directory") from error
+    if len(found) > MAX_ENTRIES:
+        hint = "move away what is not of ckptmgr"
+        text = f"{directory} has more than {MAX_ENTRIES} names"
+        raise UnsafePath(text, hint=hint, path=str(directory), reason="too many names")
+    return sorted(found)
+
+
 @contextlib.contextmanager
-def _open_regular(directory: Path, relative: str) -> Any:
-    """A descriptor of a regular file below *directory*, reached without following any link."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    here = os.open(directory, flags | os.O_DIRECTORY)
+def _taken_is_unsafe(path: Path) -> Iterator[None]:
+    """Say what is meant when something else stands where *path*, or its next version, is to be written."""
     try:
-        *parents, name = relative.split("/")
-        for parent in parents:
-            below = os.open(parent, flags | os.O_DIRECTORY, dir_fd=here)
-            os.close(here)
-            here = below
-        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=here)
-    finally:
-        os.close(here)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", relative)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        hint = "move away what stands there, or at the hidden name of its next version"
+        raise UnsafePath(f"{path} cannot be replaced: {error}", hint=hint, path=str(path), reason=str(error)) from error
 
 
 def _digest_of(descriptor: int, progress: Callable[[int], None] | None) -> str:
     digest = Digest()
-    buffer = memoryview(bytearray(READ_BYTES))
+    buffer = memoryview(bytearray(reach.READ_BYTES))
     while count := os.readv(descriptor, [buffer]):
         digest.update(buffer[:count])
         if progress is not None:
             progress(count)
     return digest.text
-
-
-def _read_small(path: Path, limit: int) -> bytes:
-    with _open_regular(path.parent, path.name) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size > limit:
-            raise CorruptCheckpoint(
-                f"{path} has {size} bytes, more than {limit}", directory=str(path), mismatches=("too large",)
-            )
-        pieces = []
-        while piece := os.read(descriptor, READ_BYTES):
-            pieces.append(piece)
-        return b"".join(pieces)

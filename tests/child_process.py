@@ -418,6 +418,7 @@ class Effects:
         from ckptmgr import durable
 
         sys.addaudithook(self._audit)
+        self._before(os, "open", self._created_in, "create")
         self._before(os, "fsync", lambda fd, *_: self._path(fd))
         self._before(os, "pwrite", lambda fd, *_: self._path(fd))
         self._before(durable, "set_size", lambda fd, *_: self._path(fd))
@@ -441,6 +442,10 @@ class Effects:
 
     def _path(self, descriptor: int) -> str:
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def _created_in(self, path: Any, flags: int, *_: Any, dir_fd: int | None = None, **__: Any) -> str:
+        """What an opening relative to a directory creates; its audit event does not say which directory."""
+        return self._at(path, dir_fd) if dir_fd is not None and flags & (os.O_CREAT | os.O_TRUNC) else ""
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":

@@ -20,7 +20,7 @@ import ckptmgr
 
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
-    {"errors", "options", "durable", "lifecycle", "manifest", "filesystems"},
+    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems"},
     {"retention", "recovery", "resume", "storage"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
@@ -31,6 +31,8 @@ LAYERS = [
 ALSO = {
     ("lifecycle", "errors"),  # IllegalTransition
     ("options", "errors"),  # InvalidArgument
+    ("reach", "errors"),  # CorruptCheckpoint
+    ("durable", "reach"),  # names are reached the same way for changing as for reading
     ("manifest", "errors"),  # CorruptCheckpoint
     ("manifest", "lifecycle"),  # the word Format
 }
@@ -43,9 +45,15 @@ DOORS = {
     "alembic": {"journal/"},
     "sqlite3": {"journal/"},
     "filelock": {"rundir.py"},
-    "torch.distributed": {"ranks.py", "writers/dcp.py", "writers/huggingface.py", "writers/state.py"},
+    "torch.distributed": {
+        "ranks.py",
+        "writers/dcp.py",
+        "writers/huggingface.py",
+        "writers/index.py",
+        "writers/state.py",
+    },
     "torch": {"writers/", "ranks.py", "manager.py"},
-    "numpy": {"writers/state.py"},
+    "numpy": {"writers/archives.py", "writers/state.py"},
     "xxhash": {"manifest.py"},
     "transformers": {"writers/modelnames.py", "writers/assets.py"},
     "psutil": {"writers/worker.py", "writers/arena.py"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import time
 from pathlib import Path
@@ -148,7 +149,7 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
             # Crash here: no journal; rebuilding again starts anew.
             newest = rebuilding.preview_rebuild(rundir).newest_epoch
             with (
-                Journal.open(rundir.journal_path) as journal,
+                Journal.open(rundir.journal_path, file_mode=rundir.permissions.file_mode) as journal,
                 target.epoch(journal, REBUILD_COMMAND, after=newest) as who,
             ):
                 report = rebuilding.rebuild(journal, rundir, **who)
@@ -218,7 +219,10 @@ def move_aside(journal: Path) -> Path | None:
         The new name of the journal; None if there was only a rollback journal, or nothing.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    aside = journal.with_name(f"{journal.name}.corrupt-{stamp}")
+    stem = f"{journal.name}.corrupt-{stamp}"
+    # Not what an earlier one, or somebody else, has put there.
+    names = (journal.with_name(stem if n == 1 else f"{stem}.{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not any(os.path.lexists(f"{name}{end}") for end in ("", "-journal")))
     # The database first: a rollback journal without one is harmless, while a database without its
     # rollback journal could pass for a whole one.
     with contextlib.suppress(FileNotFoundError):

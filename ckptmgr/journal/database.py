@@ -14,12 +14,19 @@ a `Database`. The rules (see docs/explanation/commit-order.md):
 - The file is opened by SQLite alone, under one path: closing any other descriptor of it drops
   this process's locks, and a second name would have a rollback journal of its own.
 - A connection is never carried over a fork.
+
+The file may come from anybody, and SQL is a language: a view in the place of a table can run for ever, a
+trigger can change what we did not touch, a rollback journal can name a file for SQLite to delete, and a
+page that is its own child can have any number of rows. So before anything is asked of it, `revision` looks
+whether it is made of exactly what we make; a writer has every page looked at as well, and a reader gets no
+more rows than the file has room for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import stat
 import threading
@@ -33,11 +40,28 @@ from sqlalchemy import Connection, Engine, create_engine, event, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from ckptmgr import reach
 from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound
 from ckptmgr.journal import schema, seal
 
 #: How long a connection waits for another one's lock, in milliseconds.
 BUSY_TIMEOUT_MS = 10_000
+
+#: The longest text in a row, in bytes: what failed on each of ten thousand ranks fits.
+MAX_VALUE_BYTES = 64 << 20
+#: A hundred million files of checkpoints.
+MAX_JOURNAL_BYTES = 16 << 30
+#: Steps of SQLite's machine that reading may take for each byte of the file, and to begin with. A row that is
+#: read takes 70, and at least 20 bytes.
+_STEPS_PER_BYTE = 30
+_FIRST_STEPS = 1_000_000
+_STEPS_AT_ONCE = 10_000
+#: Tables, indexes and triggers in any schema that we ever had, and some.
+_MOST_OBJECTS = 200
+#: The end of a rollback journal that belongs to a transaction over several databases (sqlite.org/fileformat2.html).
+_SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
+
+_REVISION = re.compile(r"[0-9A-Za-z_]{1,32}")
 
 Mode = Literal["ro", "rw", "rwc"]
 
@@ -47,18 +71,23 @@ def plain_path(path: Path) -> Path:
     The one name of the journal *path*: absolute, its folder free of links.
 
     Raises:
-        JournalError: It is a link, has a second name, or is no regular file; or its rollback journal is none.
+        JournalError: It, or what SQLite keeps beside it, is a link, has a second name, or is no regular file.
     """
     folder = Path(os.path.abspath(path)).parent.resolve()  # noqa: PTH100  (Path.absolute keeps "..")
     plain = folder / Path(path).name
-    rollback = plain.with_name(f"{plain.name}-journal")
+    found = _require_plain_file(plain)
+    if found is not None and found.st_size > MAX_JOURNAL_BYTES:
+        raise JournalError(f"{plain} has {found.st_size} bytes, more than {MAX_JOURNAL_BYTES}")
+    _refuse_companions(plain)
+    return plain
+
+
+def _require_plain_file(plain: Path) -> os.stat_result | None:
+    """What stands there; None if nothing does."""
     try:
-        # SQLite would wait for somebody to write into a pipe, and undo a transaction of another database behind a link.
-        if os.path.lexists(rollback) and not stat.S_ISREG(rollback.lstat().st_mode):
-            raise JournalError(f"{rollback} is not a file", hint="SQLite keeps a file there; move away what is there")
         found = plain.lstat()
     except FileNotFoundError:
-        return plain
+        return None
     except OSError as error:
         raise JournalError(f"{plain} cannot be looked at: {error.strerror}") from error
     if stat.S_ISLNK(found.st_mode):
@@ -71,7 +100,44 @@ def plain_path(path: Path) -> Path:
             f"{plain} has {found.st_nlink} names (hard links)",
             hint="replace it by a real copy while no manager runs: cp --reflink=auto J J.copy && mv J.copy J",
         )
-    return plain
+    return found
+
+
+def _refuse_companions(plain: Path) -> None:
+    """
+    Refuse what SQLite would take for its own, and is not.
+
+    It writes into a rollback journal that is there, whatever other names that file has, waits for ever on
+    a pipe, and on a roll-back deletes the file that the rollback journal names as its super-journal. Our
+    transactions are never over several databases and never in WAL mode.
+    """
+    for suffix in ("-wal", "-shm"):
+        if os.path.lexists(f"{plain}{suffix}"):
+            raise JournalError(
+                f"{plain}{suffix} exists, and ckptmgr never uses WAL mode",
+                hint="if SQLite's own tools made it, end them, then: sqlite3 JOURNAL 'PRAGMA journal_mode=DELETE'",
+            )
+    rollback = plain.with_name(f"{plain.name}-journal")
+    try:
+        kind = rollback.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(kind):
+        raise JournalError(f"{rollback} is not a file", hint="SQLite keeps a file there; move away what is there")
+    _require_plain_file(rollback)
+    try:
+        with reach.parent(rollback) as (folder, name), reach.regular(folder, name) as descriptor:
+            # Closing it drops no lock: SQLite locks the database file alone.
+            end = os.pread(descriptor, 8, max(0, os.fstat(descriptor).st_size - 8))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise JournalError(f"{rollback} cannot be read: {error.strerror}") from error
+    if end == _SUPER_JOURNAL:
+        raise JournalError(
+            f"{rollback} is of a transaction over several databases, which ckptmgr never makes",
+            hint="it is not this journal's: move it away, then run `ckptmgr check RUN --deep`",
+        )
 
 
 def connect(
@@ -98,11 +164,16 @@ def connect(
         check_same_thread=False,  # Database serialises its users
     )
     try:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         for name, value, taken in (
             ("busy_timeout", str(busy_timeout_ms), busy_timeout_ms),
             ("journal_mode", "PERSIST", "persist"),
             ("synchronous", "EXTRA", 3),
             ("mmap_size", "0", 0),
+            # No temporary files elsewhere; no function of a schema that could do more than compute.
+            ("temp_store", "MEMORY", 2),
+            ("trusted_schema", "OFF", 0),
+            ("cell_size_check", "ON", 1),
             ("foreign_keys", "ON" if foreign_keys else "OFF", int(foreign_keys)),
         ):
             connection.execute(f"PRAGMA {name}={value}").close()
@@ -136,30 +207,70 @@ def driver(connection: Connection) -> sqlite3.Connection:
     return below
 
 
+def limit_steps(connection: sqlite3.Connection, path: Path | None) -> None:
+    """
+    Interrupt SQLite when it takes more steps from now on than the file *path* can be the reason of; None ends that.
+
+    Steps and not seconds: a disk may be as slow as it likes.
+    """
+    if path is None:
+        connection.set_progress_handler(None, 0)
+        return
+    try:
+        size = path.lstat().st_size
+    except OSError:
+        size = 0
+    left = (_FIRST_STEPS + _STEPS_PER_BYTE * size) // _STEPS_AT_ONCE
+
+    def step() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    connection.set_progress_handler(step, _STEPS_AT_ONCE)
+
+
 def revision(connection: sqlite3.Connection, path: Path) -> str | None:
     """
     The schema revision of an open journal, in a transaction; None for one that is still empty.
 
+    With `schema.REVISION` it is made of exactly what we make.
+
     Raises:
-        JournalCorrupt: A journal of no revision, or of several, or of another one than was written.
+        JournalCorrupt: A journal of no revision, of several, with something in it that we did not make, or
+            damaged.
         JournalError: A database that is no journal.
     """
-    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-        return None
-    if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
-        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master").fetchall()}
-        if schema.metadata.tables.keys() <= names:
-            raise _damaged(path, "its header does not say that it is a journal")
-        raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
-    rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    if len(rows) != 1:
-        raise _damaged(path, f"it names {len(rows)} schema revisions")
-    found = str(rows[0][0])
-    # Before anything is made of it: a damaged number would look like another version of ckptmgr.
-    if seal.is_there(connection):
-        require_intact(connection, path, ["alembic_version"])
-    elif is_sealed(found):
-        raise _damaged(path, "it has no seal")
+    limit_steps(connection, path)
+    try:
+        query = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+        objects = connection.execute(query).fetchmany(_MOST_OBJECTS + 1)
+        if not objects:
+            return None
+        if len(objects) > _MOST_OBJECTS:
+            raise damaged(path, "the schema has more in it than that of any journal")
+        if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
+            if schema.metadata.tables.keys() <= {name for _, name, *_ in objects}:
+                raise damaged(path, "its header does not say that it is a journal")
+            raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
+        _require_known([row for row in objects if row[1] in ("alembic_version", "seal")], path)
+        rows = connection.execute("SELECT version_num FROM alembic_version LIMIT 2").fetchall()
+        if len(rows) != 1:
+            raise damaged(path, f"it names {len(rows)} schema revisions")
+        found = rows[0][0]
+        if not isinstance(found, str) or not _REVISION.fullmatch(found):
+            raise damaged(path, "it names no schema revision")
+        # Before anything is made of it: a damaged number would look like another version of ckptmgr.
+        if seal.is_there(connection):
+            require_intact(connection, path, ["alembic_version"])
+        elif is_sealed(found):
+            raise damaged(path, "it has no seal")
+        if found <= schema.REVISION:
+            _require_known(objects, path)
+        if found == schema.REVISION:
+            _require_ours(objects, path)
+    finally:
+        limit_steps(connection, None)
     return found
 
 
@@ -185,7 +296,7 @@ def require_intact(
     """
     for table in tables:
         if why := seal.broken(connection, table, of):
-            raise _damaged(path, why)
+            raise damaged(path, why)
 
 
 def require_sound(connection: sqlite3.Connection, path: Path, *, whole: bool) -> None:
@@ -200,14 +311,47 @@ def require_sound(connection: sqlite3.Connection, path: Path, *, whole: bool) ->
     Raises:
         JournalCorrupt: There is some.
     """
-    for what in ["1"] if whole else [table for table in seal.DECISIVE if table]:
+    tables = [*seal.DECISIVE, *(["seal"] if seal.is_there(connection) else [])]
+    for what in ["1"] if whole else [table for table in tables if table]:
         (answer,) = connection.execute(f"PRAGMA integrity_check({what})").fetchone()
         if answer != "ok":
-            raise _damaged(path, answer)
+            raise damaged(path, answer)
 
 
-def _damaged(path: Path, reason: str) -> JournalCorrupt:
-    return JournalCorrupt(f"{path} is damaged: {reason}", path=str(path), reason=reason)
+def damaged(path: Path, reason: str) -> JournalCorrupt:
+    """The error for a journal that cannot be trusted."""
+    return JournalCorrupt(f"{path} is damaged: {reason[:300]}", path=str(path), reason=reason[:300])
+
+
+_Object = tuple[str, str, str, str | None]
+
+
+def _require_known(objects: list[_Object], path: Path) -> None:
+    """Of this revision and those before: tables, their indexes, and triggers that we know; nothing that computes."""
+    for kind, name, table, text in objects:
+        known = schema.plain_sql(text) if isinstance(text, str) else ""
+        fine = isinstance(text, str | None) and (
+            (kind == "table" and known.startswith("CREATETABLE"))
+            or (kind == "index" and (text is None or known.startswith(("CREATEINDEX", "CREATEUNIQUEINDEX"))))
+            or (kind == "trigger" and known == schema.objects().get(name))
+        )
+        if not fine:
+            raise damaged(path, f"the schema has something that ckptmgr did not make, the {kind} {name} of {table}")
+
+
+def _require_ours(objects: list[_Object], path: Path) -> None:
+    """Of this revision: exactly what `schema` says."""
+    ours = schema.objects()
+    there = {name: schema.plain_sql(text) for _, name, _, text in objects if text is not None}
+    # An index without SQL is one that SQLite makes for a constraint of the table.
+    made = [name for _, name, _, text in objects if text is None]
+    extra = [name for name in made if not name.startswith("sqlite_autoindex_")]
+    if lost := sorted(ours.keys() - there.keys()):
+        raise damaged(path, f"the schema has lost {lost[0]}")
+    if extra := sorted({*extra, *(name for name in there if ours.get(name) != there[name])}):
+        raise damaged(path, f"the schema has something that ckptmgr did not make, {extra[0]}")
+    if len(there) + len(made) != len(objects):
+        raise damaged(path, "the schema has something twice")
 
 
 @contextlib.contextmanager
@@ -225,18 +369,23 @@ def translated(path: Path) -> Iterator[None]:
         raise JournalError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         # Where a name in the schema is damaged, the driver stumbles over SQLite's own message about it.
-        raise _damaged(path, f"text in it is no UTF-8: {error}") from error
+        raise damaged(path, f"text in it is no UTF-8: {error}") from error
     except (OverflowError, UnicodeEncodeError) as error:
         raise InvalidArgument(f"the journal cannot hold this value: {error}") from error
 
 
+#: What SQLite says of a journal whose revision was right, so something in it has been lost or was never ours.
+_DAMAGED = ("no such table", "no such column", "Could not decode", "string or blob too big", "unsafe use of")
+
+
 def _translate(error: sqlite3.Error, path: Path) -> JournalError:
-    code = getattr(error, "sqlite_errorcode", 0)
+    code = getattr(error, "sqlite_errorcode", None) or 0
     text = str(error)
-    damaged = code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-    # The revision was right, so a table or column that is not there has been lost.
-    if damaged or text.startswith(("no such table", "no such column", "Could not decode")):
-        return _damaged(path, text)
+    if code & 0xFF == sqlite3.SQLITE_INTERRUPT:
+        text = "it has more rows than bytes for them"
+    no_journal = code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRUPT)
+    if no_journal or text.startswith(_DAMAGED):
+        return damaged(path, text)
     if code == sqlite3.SQLITE_READONLY_ROLLBACK:
         # A reader must not roll back: where locks do not reach other hosts, the writer may be alive.
         return JournalError(
@@ -285,9 +434,13 @@ class Database:
         with self.lock, translated(self.path):
             connection = self._connect()
             connection.execution_options(begin="BEGIN")
+            driver = connection.connection.dbapi_connection
+            assert isinstance(driver, sqlite3.Connection)
+            limit_steps(driver, self.path)
             try:
                 with connection.begin():
                     yield connection
+                limit_steps(driver, None)
             except SQLAlchemyError:
                 self._discard()
                 raise

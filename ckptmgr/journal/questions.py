@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, and_, func, or_, select, text
+from sqlalchemy import Connection, Row, Select, Table, and_, func, or_, select, text
 
 from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
 from ckptmgr.journal import database, schema, seal
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, transition, verification
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, EpochRecord, Format, TransitionRecord
-from ckptmgr.manifest import FileEntry
+from ckptmgr.manifest import MAX_NUMBER, FileEntry, is_digest, is_finite, is_plain_relative
 
 T = TypeVar("T")
 COMMITTED = CheckpointState.COMMITTED
 _STATES = {state.value: state for state in CheckpointState}
 _FORMATS = {layout.value: layout for layout in Format}
-
+#: Numbers that are bytes; all others count something that a directory may be named after.
+_SIZES = ("bytes", "size")
+_STAGING = re.compile(r"\.e[0-9]{1,18}\.a[0-9]{1,18}\.incomplete\Z")
 
 newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
 live = text(schema.LIVE)
@@ -112,24 +115,17 @@ class Questions:
     def current_epoch(self) -> int:
         """The newest epoch, the only one that may change anything; 0 before the first."""
         with self._database.reading() as connection:
-            return scalar(connection, newest_epoch)
+            return self._scalar(connection, newest_epoch)
 
     def epochs(self) -> list[EpochRecord]:
         """Every start of a manager or of a command that changes the run, oldest first."""
         with self._database.reading() as connection:
             rows = connection.execute(select(epoch).order_by(epoch.c.epoch)).all()
-        return [
-            EpochRecord(
-                epoch=row.epoch,
-                started_at=row.started_at,
-                host=row.host,
-                pid=row.pid,
-                command=row.command,
-                versions=self._parsed(row.versions),
-                ended_at=row.ended_at,
-            )
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            facts = self._facts(epoch, row)
+            found.append(EpochRecord(**{**facts, "versions": self._mapping(facts["versions"], str)}))
+        return found
 
     def checkpoints(self, *, series: str | None = None, live_only: bool = False) -> list[CheckpointRecord]:
         """Every attempt in the order in which they began; *live_only*: those one may resume from."""
@@ -215,7 +211,11 @@ class Questions:
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(file.c.path)).all()
             database.require_intact(database.driver(connection), self.path, ["file"], of=[checkpoint_id])
-        return [FileEntry(*row) for row in rows]
+        found = [FileEntry(**self._facts(file, row)) for row in rows]
+        for entry in found:
+            if not is_plain_relative(entry.path) or not is_digest(entry.digest):
+                raise self._corrupt(f"no file can be {entry.path[:80]!r} with the digest {entry.digest[:80]!r}")
+        return found
 
     def transitions(self, checkpoint_id: int | None = None, after_id: int = 0) -> list[TransitionRecord]:
         """The history, oldest first: of one attempt or of all, only what came after line *after_id*."""
@@ -234,28 +234,21 @@ class Questions:
             database.require_intact(
                 database.driver(connection), self.path, ["transition"], of=None if everything else of
             )
-        return [
-            TransitionRecord(
-                id=row.id,
-                checkpoint_id=row.checkpoint_id,
-                series=row.series,
-                step=row.step,
-                source=None if row.source is None else self._word(_STATES, row.source),
-                dest=self._word(_STATES, row.dest),
-                at=row.at,
-                epoch=row.epoch,
-                host=row.host,
-                pid=row.pid,
-                note=row.note,
-            )
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            facts = self._facts(transition, row)
+            facts["source"] = None if row.source is None else self._word(_STATES, row.source)
+            facts["dest"] = self._word(_STATES, row.dest)
+            whose = {name: self._fact(checkpoint, name, getattr(row, name)) for name in ("series", "step")}
+            found.append(TransitionRecord(**facts | whose))
+        return found
 
     def series(self) -> list[str]:
         """The names of all series seen, in the order of their first use."""
         query = select(checkpoint.c.series).group_by(checkpoint.c.series).order_by(func.min(checkpoint.c.id))
         with self._database.reading() as connection:
-            return list(connection.execute(query).scalars())
+            names = list(connection.execute(query).scalars())
+        return [self._series_name(self._fact(checkpoint, "series", name)) for name in names]
 
     def format_of(self, series: str) -> Format | None:
         """The format of a series, None before its first save."""
@@ -269,7 +262,8 @@ class Questions:
         table = retirement_decision.c
         with self._database.reading() as connection:
             rows = connection.execute(select(table.checkpoint_id, table.verdict, table.reasons)).all()
-        return {row.checkpoint_id: (row.verdict, tuple(self._parsed(row.reasons))) for row in rows}
+        facts = [self._facts(retirement_decision, row) for row in rows]
+        return {each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in facts}
 
     def verifications(self, checkpoint_id: int) -> list[Verification]:
         """Every comparison of a checkpoint's files with the journal, oldest first."""
@@ -279,17 +273,12 @@ class Questions:
                 select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
             ).all()
             database.require_intact(database.driver(connection), self.path, ["verification"], of=[checkpoint_id])
-        return [
-            Verification(
-                id=row.id,
-                checkpoint_id=row.checkpoint_id,
-                at=row.at,
-                level=row.level,
-                ok=bool(row.ok),
-                mismatches=tuple(self._parsed(row.mismatches)),
-            )
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            facts = self._facts(verification, row)
+            texts = self._texts(facts["mismatches"])
+            found.append(Verification(**{**facts, "ok": bool(facts["ok"]), "mismatches": texts}))
+        return found
 
     def _records(self, query: Select[Any]) -> list[CheckpointRecord]:
         with self._database.reading() as connection:
@@ -302,38 +291,92 @@ class Questions:
             raise CheckpointNotFound(f"there is no checkpoint {checkpoint_id} in {self.path}", series="", step=None)
         return row
 
-    # From rows to records
+    # From rows to records. A CHECK holds for what is written here, not for what a file from elsewhere holds.
 
     def _record(self, row: Row[Any]) -> CheckpointRecord:
-        facts = dict(row._mapping)
-        facts["pinned"] = bool(
-            facts.pop("has_pin") and facts["state"] == COMMITTED and facts["retire_started_at"] is None
-        )
+        facts = self._facts(checkpoint, row)
+        has_pin = facts.pop("has_pin")
+        facts["pinned"] = bool(has_pin and facts["state"] == COMMITTED and facts["retire_started_at"] is None)
         facts["state"] = self._word(_STATES, facts["state"])
         facts["format"] = self._word(_FORMATS, facts["format"])
-        facts["failures"] = tuple(self._parsed(facts["failures"]))
-        facts["metrics"] = self._parsed(facts["metrics"])
-        facts["per_rank"] = tuple(self._parsed(facts["per_rank"]))
-        return CheckpointRecord(**facts)
+        facts["failures"] = tuple(self._parsed(facts["failures"], list))
+        if not all(isinstance(failure, dict) for failure in facts["failures"]):
+            raise self._corrupt("a failure is not an object")
+        facts["metrics"] = self._mapping(facts["metrics"], int, float)
+        facts["per_rank"] = self._texts(facts["per_rank"])
+        record = CheckpointRecord(**facts)
+        # What is renamed and removed goes by these names, and what is printed is pasted into other commands.
+        final = f"{self._series_name(record.series)}/{record.format.directory_name(record.step)}"
+        series, _, staging = record.staging_directory.partition("/")
+        stem = f".{record.format.directory_name(record.step)}"
+        if record.directory != final or series != record.series or not staging.startswith(stem):
+            raise self._corrupt(f"attempt {record.id} has the directory {record.directory[:80]!r}")
+        if not _STAGING.match(staging.removeprefix(stem)):
+            raise self._corrupt(f"attempt {record.id} has the staging directory {record.staging_directory[:80]!r}")
+        return record
+
+    def _facts(self, table: Table, row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+        """What a row says, every column of *table* of the type that it is to have."""
+        known = table.c.keys()
+        return {
+            name: self._fact(table, name, value) if name in known else value for name, value in row._mapping.items()
+        }
+
+    def _fact(self, table: Table, name: str, value: Any) -> Any:
+        column = table.c[name]
+        kind = column.type.python_type
+        if value is None:
+            fine = column.nullable is True
+        elif kind is float:
+            fine = type(value) in (int, float) and is_finite(value)
+        elif kind is int:
+            fine = type(value) is int and (0 <= value <= MAX_NUMBER or (name in _SIZES and value >= 0))
+        else:
+            fine = type(value) is str
+        if not fine:
+            raise self._corrupt(f"{name} of a {table.name} is {str(value)[:80]!r}")
+        return value
+
+    def _series_name(self, name: str) -> str:
+        if not is_plain_relative(name) or "/" in name or name.startswith("."):
+            raise self._corrupt(f"a series is named {name[:80]!r}")
+        return name
+
+    def _scalar(self, connection: Connection, query: Select[Any]) -> int:
+        value = connection.execute(query).scalar_one()
+        if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+            raise self._corrupt(f"a number is {str(value)[:80]!r}")
+        return value
 
     def _word(self, words: Mapping[str, T], word: str) -> T:
         try:
             return words[word]
         except KeyError:
-            raise self._corrupt(f"unknown word {word!r}") from None
+            raise self._corrupt(f"unknown word {word[:80]!r}") from None
 
-    def _parsed(self, stored: str) -> Any:
+    def _parsed(self, stored: str, kind: type) -> Any:
         try:
-            return json.loads(stored)
-        except ValueError as error:
+            value = json.loads(stored)
+        except (ValueError, RecursionError) as error:
             raise self._corrupt(f"not JSON: {stored[:80]!r}") from error
+        if not isinstance(value, kind):
+            raise self._corrupt(f"not a {kind.__name__}: {stored[:80]!r}")
+        return value
+
+    def _texts(self, stored: str) -> tuple[str, ...]:
+        texts = self._parsed(stored, list)
+        if not all(isinstance(text, str) for text in texts):
+            raise self._corrupt(f"not a list of texts: {stored[:80]!r}")
+        return tuple(texts)
+
+    def _mapping(self, stored: str, *kinds: type) -> dict[str, Any]:
+        found: dict[str, Any] = self._parsed(stored, dict)
+        if not all(type(value) in kinds and (str in kinds or is_finite(value)) for value in found.values()):
+            raise self._corrupt(f"not a mapping to {' or '.join(kind.__name__ for kind in kinds)}: {stored[:80]!r}")
+        return found
 
     def _corrupt(self, reason: str) -> JournalCorrupt:
-        return JournalCorrupt(f"{self.path} is damaged: {reason}", path=str(self.path), reason=reason)
-
-
-def scalar(connection: Connection, query: Select[Any]) -> int:
-    return int(connection.execute(query).scalar_one())
+        return database.damaged(self.path, reason)
 
 
 def not_found(series: str, step: int) -> CheckpointNotFound:

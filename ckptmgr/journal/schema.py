@@ -8,7 +8,13 @@ Times are Unix seconds, sizes bytes, durations seconds; lists and mappings are J
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Mapping
+
 from sqlalchemy import REAL, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, Table, Text, text
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 #: The newest migration. Ids are four digits in one line, so a larger one is a newer one.
 REVISION = "0002"
@@ -213,3 +219,25 @@ WHEN OLD.state || '>' || NEW.state NOT IN ('PREWRITTEN>WRITING', 'WRITING>GATHER
  'PREWRITTEN>FAILED', 'WRITING>FAILED', 'GATHERED>FAILED')
 BEGIN SELECT RAISE(ABORT, 'state_moves_legally: the state machine has no such transition'); END""",
 }
+
+#: Alembic's own table, as it makes it.
+_VERSIONS = """
+CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL,
+ CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"""
+
+
+@functools.cache
+def objects() -> Mapping[str, str]:
+    """Everything that a journal of `REVISION` is made of: name → its SQL, as `plain_sql` has it."""
+    dialect = sqlite.dialect()
+    statements = {"alembic_version": _VERSIONS, **TRIGGERS}
+    for table in metadata.sorted_tables:
+        statements[table.name] = str(CreateTable(table).compile(dialect=dialect))
+        for index in table.indexes:
+            statements[str(index.name)] = str(CreateIndex(index).compile(dialect=dialect))
+    return {name: plain_sql(text) for name, text in statements.items()}
+
+
+def plain_sql(text: str) -> str:
+    """A statement without what SQLite, SQLAlchemy or Alembic may write one way or the other."""
+    return re.sub(r'[\s"]+', "", text)

@@ -15,6 +15,7 @@ so a row that was damaged before makes the sum wrong for ever.
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -32,6 +33,7 @@ DECISIVE = ("", "alembic_version", "run", "epoch", "checkpoint", "pin", "retirem
 _WHOLE = 0
 _MODULUS = 1 << 128
 _NOTHING = (0, "0" * 32)
+_HEX = re.compile(r"[0-9a-f]{32}")
 _SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
 
 Part = tuple[str, int]
@@ -71,6 +73,9 @@ class Seal:
         """Add what this transaction has changed to what is recorded, within it."""
         for part, (rows, total) in self._changes.items():
             rows_before, total_before = _recorded(self._connection, part)
+            if type(rows_before) is not int or _HEX.fullmatch(str(total_before)) is None:
+                # Nothing that we wrote: a sum that will never be right again.
+                rows_before, total_before = _NOTHING
             _write(self._connection, part, rows_before + rows, _text(int(total_before, 16) + total))
         self._changes.clear()
 

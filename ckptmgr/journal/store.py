@@ -32,7 +32,7 @@ from ckptmgr.errors import (
     StepAlreadySaved,
 )
 from ckptmgr.journal import database, schema, seal, upgrade
-from ckptmgr.journal.questions import Questions, in_flight, live, newest_epoch, not_found, scalar
+from ckptmgr.journal.questions import Questions, in_flight, live, newest_epoch, not_found
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, run, transition, verification
 from ckptmgr.lifecycle import (
     TRANSITIONS,
@@ -41,7 +41,7 @@ from ckptmgr.lifecycle import (
     Format,
     RetirementMark,
 )
-from ckptmgr.manifest import FileEntry, Manifest, is_plain_relative
+from ckptmgr.manifest import MAX_NUMBER, FileEntry, Manifest, is_plain_relative, is_run_id
 
 COMMITTED, FAILED, GATHERED = CheckpointState.COMMITTED, CheckpointState.FAILED, CheckpointState.GATHERED
 _LEGAL = {
@@ -61,7 +61,7 @@ class Journal(Questions):
     """
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
+    def open(cls, path: Path, *, file_mode: int | None = None) -> Journal:
         """
         Open the journal for reading and writing; create it, or upgrade an older one after a copy.
 
@@ -69,14 +69,19 @@ class Journal(Questions):
         died is rolled back, and the whole file is looked through for damage (0.2 s for 10,000
         checkpoints with 3 files each): better found now than in the middle of a run.
 
+        Args:
+            path: The journal.
+            file_mode: Of a file that is created; None leaves it to the umask. What SQLite makes beside it has
+                the same.
+
         Raises:
             JournalSchemaMismatch: It was written by a newer version of ckptmgr.
-            JournalCorrupt: It is damaged.
+            JournalCorrupt: It is damaged, or has something in it that we did not make.
             JournalError: It is a link, no journal, or cannot be written.
         """
         path = database.plain_path(path)
         if _revision(path, "rw", whole=True) != schema.REVISION:
-            upgrade.upgrade(path, create=True)
+            upgrade.upgrade(path, create=True, file_mode=file_mode)
         return cls._opened(database.Database(path, read_only=False))
 
     @classmethod
@@ -89,7 +94,7 @@ class Journal(Questions):
         Raises:
             JournalNotFound: There is no journal, or nobody has finished creating it.
             JournalSchemaMismatch: It has an older or a newer schema; the hint names the command.
-            JournalCorrupt: It is damaged.
+            JournalCorrupt: It is damaged, or has something in it that we did not make.
             JournalError: It cannot be read, or holds an unfinished transaction of a process that died.
         """
         path = database.plain_path(path)
@@ -107,8 +112,8 @@ class Journal(Questions):
         try:
             with opened.reading() as connection:
                 run_id = connection.execute(select(run.c.run_id)).scalar_one_or_none()
-            if run_id is None:
-                raise JournalCorrupt(f"{opened.path} names no run", path=str(opened.path), reason="table run is empty")
+            if not is_run_id(run_id):
+                raise JournalCorrupt(f"{opened.path} names no run", path=str(opened.path), reason="no run id")
         except BaseException:
             opened.close()
             raise
@@ -123,8 +128,8 @@ class Journal(Questions):
         Raises:
             JournalError: The journal has checkpoints already, so it is this run's or another's.
         """
-        if not run_id:
-            raise InvalidArgument("a run id is not empty")
+        if not is_run_id(run_id):
+            raise InvalidArgument(f"{run_id[:80]!r} cannot be a run id")
         with self._database.writing() as connection:
             if connection.execute(select(checkpoint.c.id).limit(1)).first() is not None:
                 raise JournalError(f"{self.path} has checkpoints of run {self.run_id}; its run id stays")
@@ -143,7 +148,7 @@ class Journal(Questions):
             after: An epoch that a journal before this one had given out.
         """
         with self._database.writing() as connection:
-            number = max(scalar(connection, newest_epoch), after) + 1
+            number = self._next(max(self._scalar(connection, newest_epoch), after))
             connection.execute(
                 insert(epoch).values(
                     epoch=number,
@@ -229,7 +234,7 @@ class Journal(Questions):
                     path=saved.directory,
                 )
             # Rows are never deleted, so the largest id is the largest attempt number ever used.
-            attempt = scalar(connection, _newest_id) + 1
+            attempt = self._next(self._scalar(connection, _newest_id))
             connection.execute(
                 insert(checkpoint).values(
                     id=attempt,
@@ -355,7 +360,7 @@ class Journal(Questions):
                 marks = [mark for mark in retire if mark.checkpoint_id != before.overwrites]
                 self._mark(connection, marks, now)
                 values["committed_at"] = now
-                values["commit_seq"] = scalar(connection, _newest_commit_seq) + 1
+                values["commit_seq"] = self._next(self._scalar(connection, _newest_commit_seq))
             moved = connection.execute(
                 update(checkpoint)
                 .where(
@@ -467,7 +472,7 @@ class Journal(Questions):
                 )
             taken = connection.execute(select(checkpoint.c.id).where(checkpoint.c.id == manifest.attempt)).first()
             free = manifest.attempt >= 1 and taken is None
-            number = manifest.attempt if free else scalar(connection, _newest_id) + 1
+            number = manifest.attempt if free else self._next(self._scalar(connection, _newest_id))
             connection.execute(
                 insert(checkpoint).values(
                     id=number,
@@ -483,7 +488,7 @@ class Journal(Questions):
                     bytes=manifest.bytes,
                     manifest_digest=manifest_digest,
                     committed_at=committed_at,
-                    commit_seq=scalar(connection, _newest_commit_seq) + 1,
+                    commit_seq=self._next(self._scalar(connection, _newest_commit_seq)),
                     finished_at=committed_at,
                     metrics=_json(dict(manifest.metrics), "metrics"),
                     per_rank=_json(list(manifest.per_rank), "per_rank"),
@@ -563,8 +568,14 @@ class Journal(Questions):
 
     # Within a transaction
 
+    def _next(self, number: int) -> int:
+        """The number after *number*, which still fits into the name of a directory."""
+        if number >= MAX_NUMBER:
+            raise self._corrupt(f"it has given out the number {number}, after which there is none")
+        return number + 1
+
     def _require_epoch(self, connection: Connection, number: int, checkpoint_id: int) -> None:
-        newest = scalar(connection, newest_epoch)
+        newest = self._scalar(connection, newest_epoch)
         if number != newest:
             raise StaleWriter(
                 f"epoch {number} may change nothing: the newest is {newest}",
@@ -575,7 +586,7 @@ class Journal(Questions):
 
     def _stale(self, connection: Connection, checkpoint_id: int, number: int) -> StaleWriter:
         row = self._row(connection, checkpoint_id)
-        newest = scalar(connection, newest_epoch)
+        newest = self._scalar(connection, newest_epoch)
         found = f"{row.state} in epoch {row.epoch}, the newest epoch is {newest}"
         return StaleWriter(
             f"checkpoint {checkpoint_id} is not as epoch {number} left it: {found}",
@@ -665,9 +676,12 @@ def _decide(
 
 def _json(value: Any, what: str) -> str:
     try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{what} cannot be kept in the journal: {error}") from error
+    if len(text) > database.MAX_VALUE_BYTES // 2:
+        raise InvalidArgument(f"{what} cannot be kept in the journal: {len(text)} characters are too many")
+    return text
 
 
 def _number(value: int, what: str, least: int) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import stat
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ckptmgr import durable
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
 from ckptmgr.journal import database, schema, seal
 
@@ -43,7 +45,7 @@ def backup_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.before-{schema.REVISION}")
 
 
-def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
+def upgrade(path: Path, *, create: bool = False, file_mode: int | None = None) -> tuple[str | None, str]:
     """
     Run every migration the journal has not had yet. The caller holds the run lock. Rank 0 only.
 
@@ -53,6 +55,7 @@ def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
     Args:
         path: The journal.
         create: Create it if there is none.
+        file_mode: Its mode then; None leaves it to the umask.
 
     Returns:
         The revision before (None: created now, or still empty) and after.
@@ -66,8 +69,14 @@ def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
     path = database.plain_path(path)
     if not create and not path.exists():
         raise JournalNotFound(f"there is no journal at {path}", path=str(path))
+    if create:
+        try:
+            durable.ensure_file(path, mode=file_mode)
+            durable.sync_directory(path.parent)
+        except OSError as error:
+            raise JournalError(f"{path} cannot be created: {error}") from error
     with database.translated(path):
-        engine = database.create_journal_engine(path, "rwc" if create else "rw", foreign_keys=False)
+        engine = database.create_journal_engine(path, "rw", foreign_keys=False)
         with engine.begin() as connection:
             # A second connection, because the revision has to be read before Alembic is known to be needed.
             with contextlib.closing(database.connect(path, "ro")) as reader:
@@ -78,11 +87,12 @@ def upgrade(path: Path, *, create: bool = False) -> tuple[str | None, str]:
                 if found is not None and found > schema.REVISION:
                     raise schema_mismatch(path, found)
                 if found is not None:
+                    database.require_sound(reader, path, whole=True)
                     if database.is_sealed(found):
                         # What is damaged now would be sealed as it is.
                         database.require_intact(reader, path, seal.all_tables(reader))
                     reader.execute("ROLLBACK")
-                    _back_up(reader, backup_path(path))
+                    _back_up(reader, path, backup_path(path))
             _run_migrations(path, connection)
             seal.renew(database.driver(connection))
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
@@ -109,9 +119,15 @@ def _run_migrations(path: Path, connection: Any) -> None:
         raise JournalError(f"{path} cannot be upgraded: {error}") from error
 
 
-def _back_up(source: sqlite3.Connection, target: Path) -> None:
-    """Copy the journal with SQLite's own backup, in one transaction, synced. An older copy is replaced."""
-    with database.translated(target), contextlib.closing(sqlite3.connect(database.plain_path(target))) as copy:
+def _back_up(source: sqlite3.Connection, path: Path, target: Path) -> None:
+    """Copy the journal with SQLite's own backup, in one transaction, synced, for the same users; an older one goes."""
+    target = database.plain_path(target)
+    try:
+        durable.ensure_file(target, mode=stat.S_IMODE(path.stat().st_mode) & 0o666)
+        durable.sync_directory(target.parent)
+    except OSError as error:
+        raise JournalError(f"{target} cannot be created: {error}") from error
+    with database.translated(target), contextlib.closing(database.connect(target, "rw", foreign_keys=False)) as copy:
         copy.execute("PRAGMA journal_mode=DELETE").close()
         copy.execute("PRAGMA synchronous=EXTRA").close()
         source.backup(copy)

@@ -87,7 +87,7 @@ class Arena:
         if layout.size > self.size:
             self.close()
             # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told.
-            available = _available_bytes()
+            available = available_bytes()
             if layout.size > available:
                 raise MemoryError(f"no memory for an arena of {layout.size} bytes: {available} are available")
             descriptor = os.memfd_create("ckptmgr", os.MFD_CLOEXEC)
@@ -144,7 +144,7 @@ class Arena:
             self.descriptor, self.size = -1, 0
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping: of the machine, or of our cgroup (version 2) where that is less."""
     available = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):

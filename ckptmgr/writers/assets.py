@@ -5,6 +5,7 @@ The small files of an export: config, generation config, tokenizer, processor, t
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import sys
 import tempfile
@@ -14,7 +15,12 @@ from typing import Any
 
 import torch
 
+from ckptmgr import reach
+from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
 from ckptmgr.manifest import MANIFEST_NAME, is_plain_relative
+
+#: Of one source, held in memory for a moment: everything but the weights.
+MAX_ASSETS_BYTES = 1 << 30
 
 #: What holds weights, or an index of them, in a model directory.
 _WEIGHT_SUFFIXES = (
@@ -45,11 +51,14 @@ def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
 
     Raises:
         OSError: A directory cannot be read: an export without what should be in it would pass for whole.
+        InvalidArgument: A link leads elsewhere (an export is handed on, and a downloaded directory must not
+            make it carry a file of this machine along), something is no regular file, or it is too much.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
+    left = MAX_ASSETS_BYTES
     for root, directories, names in os.walk(directory, onerror=refuse):
         directories[:] = sorted(name for name in directories if not name.startswith((".", "__pycache__")))
         for name in sorted(names):
@@ -57,7 +66,28 @@ def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
             relative = path.relative_to(directory).as_posix()
             hidden = name.startswith(".") or name == MANIFEST_NAME
             if not hidden and not name.lower().endswith(_WEIGHT_SUFFIXES) and is_plain_relative(relative):
-                yield relative, path.read_bytes()
+                data = _read(path, directory, left)
+                left -= len(data)
+                yield relative, data
+
+
+def _read(path: Path, directory: Path, limit: int) -> bytes:
+    # In the cache of the Hub a snapshot is made of links to blobs beside it.
+    homes = [directory, *([directory.parents[1] / "blobs"] if directory.parent.name == "snapshots" else [])]
+    try:
+        real = path.resolve(strict=True)
+        if not any(real.is_relative_to(home.resolve()) for home in homes):
+            raise InvalidArgument(f"assets: {path} is a link to {real}", hint="put a copy of the file there")
+        return reach.read(real, limit)
+    except CorruptCheckpoint as error:
+        raise InvalidArgument(
+            f"assets: {directory} has more than {MAX_ASSETS_BYTES} bytes besides weights, with {path.name}",
+            hint="give a directory with config, tokenizer and the like alone",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.ENOENT, errno.ELOOP):
+            raise
+        raise InvalidArgument(f"assets: {path} is no file, or a link to none") from error
 
 
 def own_config(module: torch.nn.Module, dtype: torch.dtype | None) -> list[Any]:

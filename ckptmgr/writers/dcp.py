@@ -12,35 +12,43 @@ tensor bytes only. Files of rank R: ``__R_0.distcp`` tensors, ``__R_1.distcp`` o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import logging
+import math
+import os
 import pickle
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItemType
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ckptmgr import reach
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.lifecycle import Format
+from ckptmgr.writers import archives
 from ckptmgr.writers import state as states
-from ckptmgr.writers.arena import Copy, Layout, aligned
+from ckptmgr.writers.arena import Copy, Layout, aligned, available_bytes
+from ckptmgr.writers.index import INDEX_NAME, read_index
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
 
 log = logging.getLogger("ckptmgr")
 
 MAPPINGS_NAME = "mappings.json"
+MAX_MAPPINGS_BYTES = 64 << 20
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 _Path = tuple[str | int, ...]
@@ -240,7 +248,7 @@ class DCPWriter:
         metadata = dataclasses.replace(
             self._metadata, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
         )
-        yield ".metadata", pickle.dumps(metadata)
+        yield INDEX_NAME, pickle.dumps(metadata)
 
 
 def _check_copies(plans: Sequence[SavePlan]) -> None:
@@ -282,20 +290,21 @@ def per_rank_name(rank: int) -> str:
 
 
 def read(
-    directory: Path, state: states.State, rank: int, *, same_world: bool, committed: Container[str] | None = None
+    directory: Path, state: states.State, rank: int, *, files: Mapping[str, int], same_world: bool
 ) -> dict[str, Any]:
     """
     Load a DCP checkpoint into *state*, in place, resharding to how *state* is sharded now.
 
     Every rank reads for itself; no collective. Keys of the checkpoint that *state* does not ask for
-    are ignored; what *state* asks for must be there.
+    are ignored; what *state* asks for must be there. Nothing in the directory is trusted: PyTorch plans
+    with an index that was compared with *files* before, and opens no file.
 
     Args:
         directory: A committed checkpoint.
         state: As given to ``save``; tensors are overwritten, objects get ``load_state_dict``.
         rank: Whose `PerRank` state to give back.
+        files: The files that were committed and their bytes; nothing else is opened.
         same_world: Whether the number of ranks is the one that saved.
-        committed: The names of its files, so that nothing is read that was put there later; None if not known.
 
     Returns:
         The plain values read, by name, for the caller to put where it wants.
@@ -305,40 +314,13 @@ def read(
         CorruptCheckpoint: A file is not what a checkpoint holds.
     """
     shared, per_rank = states.split(state)
-    stored: dict[str, Any] = {}
     wanted = {name: value for name, value in per_rank.items() if same_world or value.when_resized == "refuse"}
     if wanted and not same_world:
         raise StateMismatch(f"{sorted(wanted)} was saved by another number of ranks", missing=tuple(sorted(wanted)))
-    if wanted:
-        path = directory / per_rank_name(rank)
-        stored = states.load(_read_bytes(path), str(path)) if _is_there(path, committed) else {}
-        if missing := sorted(wanted.keys() - stored.keys()):
-            raise StateMismatch(f"the checkpoint has no per-rank state for {missing}", missing=tuple(missing))
+    stored = _read_per_rank(directory, rank, wanted, files) if wanted else {}
     plain: dict[str, Any] = {}
     if shared:
-        reader = _Reader(directory)
-        metadata = reader.read_metadata()
-        states.ready_optimizers(shared)
-        target = states.take(shared)
-        path = directory / MAPPINGS_NAME
-        mappings = _Mappings.read(path) if _is_there(path, committed) else _Mappings()
-        _shape_to(metadata, shared, target, mappings)
-        if missing := [fqn for fqn in flatten_state_dict(target)[0] if fqn not in metadata.state_dict_metadata]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise StateMismatch(f"the checkpoint lacks {', '.join(missing[:3])}{more}", missing=tuple(missing))
-        planner = _LoadPlanner(str(directory), mappings)
-        planner.set_up_planner(target, metadata, is_coordinator=rank == 0)
-        try:
-            plan = planner.create_local_plan()
-        except (RuntimeError, ValueError) as error:
-            raise StateMismatch(f"the checkpoint does not fit: {error}", missing=()) from error
-        reader.set_up_storage_reader(metadata, is_coordinator=rank == 0)
-        try:
-            reader.read_data(plan, planner).wait()
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AssertionError) as error:
-            raise CorruptCheckpoint(
-                f"{directory} cannot be read: {error}", directory=str(directory), mismatches=(str(error),)
-            ) from error
+        target = _read_shared(directory, shared, files)
         for name, value in shared.items():
             if isinstance(value, Stateful):
                 value.load_state_dict(target[name])
@@ -349,8 +331,70 @@ def read(
     return plain
 
 
-def _is_there(path: Path, committed: Container[str] | None) -> bool:
-    return path.exists() if committed is None else path.name in committed
+def _read_per_rank(directory: Path, rank: int, wanted: Iterable[str], files: Mapping[str, int]) -> dict[str, Any]:
+    name = per_rank_name(rank)
+    stored: Any = {}
+    if name in files:
+        with _opened(directory, name, files) as descriptor:
+            stored = archives.load(archives.Source(descriptor), str(directory / name))
+    if type(stored) is not dict:
+        raise _corrupt(directory / name, "it holds no state by name")
+    if missing := sorted(set(wanted) - stored.keys()):
+        raise StateMismatch(f"the checkpoint has no per-rank state for {missing}", missing=tuple(missing))
+    return stored
+
+
+def _read_shared(directory: Path, shared: Mapping[str, Any], files: Mapping[str, int]) -> dict[str, Any]:
+    """The state dicts of *shared* as the checkpoint has them; their tensors are overwritten in place."""
+    metadata = read_index(directory, files)
+    states.ready_optimizers(shared)
+    target = states.take(shared)
+    mappings = _Mappings.read(directory / MAPPINGS_NAME) if MAPPINGS_NAME in files else _Mappings()
+    try:
+        _shape_to(metadata, shared, target, mappings)
+        asked = flatten_state_dict(target)[0]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise _corrupt(directory, f"its names make up no state: {error}") from error
+    known = metadata.state_dict_metadata
+    if missing := [fqn for fqn in asked if fqn not in known]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise StateMismatch(f"the checkpoint lacks {', '.join(missing[:3])}{more}", missing=tuple(missing))
+    for fqn, value in asked.items():
+        if isinstance(value, torch.Tensor) and not isinstance(known[fqn], TensorStorageMetadata):
+            raise StateMismatch(f"{fqn} is a tensor, but not in the checkpoint", missing=())
+    planner = _LoadPlanner(mappings)
+    planner.set_up_planner(target, metadata)
+    try:
+        plan = planner.create_local_plan()
+    except (RuntimeError, ValueError) as error:
+        raise StateMismatch(f"the checkpoint does not fit: {error}", missing=()) from error
+    by_file: dict[str, list[ReadItem]] = {}
+    for item in plan.items:
+        by_file.setdefault(metadata.storage_data[item.storage_index].relative_path, []).append(item)
+    for name, items in by_file.items():
+        with _opened(directory, name, files) as descriptor:
+            for item in items:
+                planner.fill(item, descriptor, directory / name)
+    return target
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, name: str, files: Mapping[str, int]) -> Iterator[int]:
+    """A descriptor of a file of the checkpoint that has the bytes it is to have."""
+    with contextlib.ExitStack() as opened:
+        try:
+            folder = opened.enter_context(reach.directory(directory))
+            descriptor = opened.enter_context(reach.regular(folder, name))
+            size = os.fstat(descriptor).st_size
+        except OSError as error:
+            raise _corrupt(directory / name, f"it cannot be read: {error.strerror}") from error
+        if size != files[name]:
+            raise _corrupt(directory / name, f"it has {size} bytes, {files[name]} were committed")
+        yield descriptor
+
+
+def _corrupt(path: Path, why: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{path}: {why}", directory=str(path), mismatches=(why,))
 
 
 def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, Any], mappings: _Mappings) -> None:
@@ -361,6 +405,12 @@ def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, A
     optimizer has state for parameters that had none when saved; asking for those would fail.
     """
     paths: Mapping[str, _Path] = metadata.planner_data or {}
+    # A list has no more items than there are entries, empty mappings included.
+    most = len(paths) + len(mappings.empty)
+    for path in (*paths.values(), *mappings.empty):
+        if any(type(part) is int and part >= most for part in path):
+            raise ValueError("a list is longer than what is in it")
+    room = available_bytes()
     for name, value in shared.items():
         if isinstance(value, torch.nn.Module) or not isinstance(target[name], dict):
             continue
@@ -377,6 +427,9 @@ def _shape_to(metadata: Metadata, shared: Mapping[str, Any], target: dict[str, A
                 about = metadata.state_dict_metadata[fqn]
                 empty = None
                 if isinstance(about, TensorStorageMetadata):
+                    room -= math.prod(about.size) * about.properties.dtype.itemsize
+                    if room < 0:
+                        raise ValueError("it brings more than there is memory for")
                     empty = torch.empty(about.size, dtype=about.properties.dtype)
                 _set(target, path, empty, mappings)
 
@@ -467,83 +520,52 @@ class _Mappings:
             CorruptCheckpoint: It is something else.
         """
         try:
-            body = json.loads(_read_bytes(path))
-            return cls(*(frozenset(tuple(entry) for entry in body[field]) for field in ("integer_keys", "empty")))
-        except (ValueError, TypeError, KeyError) as error:
-            raise CorruptCheckpoint(f"{path}: {error}", directory=str(path), mismatches=(str(error),)) from error
+            body = json.loads(reach.read(path, MAX_MAPPINGS_BYTES))
+            return cls(*(_paths(body[field]) for field in ("integer_keys", "empty")))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _corrupt(path, f"{error}") from error
+
+
+def _paths(entries: Any) -> frozenset[_Path]:
+    """Paths as JSON has them: lists of texts and numbers that begin with a text."""
+    if not isinstance(entries, list):
+        raise TypeError("no list of paths")
+    for path in entries:
+        plain = isinstance(path, list) and path and isinstance(path[0], str)
+        if not plain or not all(isinstance(part, str) or (type(part) is int and part >= 0) for part in path):
+            raise TypeError("a path is none")
+    return frozenset(map(tuple, entries))
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """PyTorch's planner, reading values without running code."""
+    """PyTorch's planner, and what it planned, read without PyTorch's reader."""
 
-    def __init__(self, where: str, mappings: _Mappings) -> None:
+    def __init__(self, mappings: _Mappings) -> None:
         super().__init__()
-        self._where = where
         self._of_mappings = mappings
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        fqn = read_item.dest_index.fqn
-        loaded = states.load(value.read(), f"{self._where}: {fqn}")
-        _set(self.original_state_dict, self.mappings[fqn], loaded, self._of_mappings)
+    def fill(self, item: ReadItem, descriptor: int, path: Path) -> None:
+        """
+        Read one item from its file.
 
-
-class _Reader(FileSystemReader):
-    """PyTorch's reader, with an unpickler for ``.metadata`` that knows only what belongs there."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        del args, kwargs
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(_read_bytes(path))).load()
-        except CorruptCheckpoint:
-            raise
-        except Exception as error:
-            raise CorruptCheckpoint(f"{path}: {error}", directory=str(path), mismatches=(str(error),)) from error
-        if not isinstance(metadata, Metadata):
-            raise CorruptCheckpoint(f"{path} holds no metadata", directory=str(path), mismatches=("not metadata",))
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        for info in (metadata.storage_data or {}).values():
-            if "/" in info.relative_path or info.relative_path.startswith(".."):
-                raise CorruptCheckpoint(
-                    f"{path} names the file {info.relative_path!r}", directory=str(path), mismatches=("path",)
-                )
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-            ("builtins", "getattr"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in self._MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (dataclasses.is_dataclass(found) or name == "_MEM_FORMAT_ENCODING"):
-                return found
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise CorruptCheckpoint(
-            f".metadata refers to {module}.{name}, which has no place there", directory="", mismatches=(name,)
-        )
-
-
-def _enum_member(holder: Any, name: str) -> Any:
-    import enum
-
-    if isinstance(holder, type) and issubclass(holder, enum.Enum):
-        return holder[name]
-    raise CorruptCheckpoint(".metadata reaches for an attribute", directory="", mismatches=(name,))
+        Raises:
+            CorruptCheckpoint: What stands there is something else than the index says.
+        """
+        assert self.metadata is not None
+        fqn = item.dest_index.fqn
+        place = self.metadata.storage_data[item.storage_index]
+        piece = archives.Source(descriptor, place.offset, place.length)
+        loaded = archives.load(piece, f"{path}: {fqn}")
+        about = self.metadata.state_dict_metadata[fqn]
+        if not isinstance(about, TensorStorageMetadata):
+            _set(self.original_state_dict, self.mappings[fqn], loaded, self._of_mappings)
+            return
+        same = isinstance(loaded, torch.Tensor) and loaded.dtype is about.properties.dtype
+        if not same or loaded.shape != about.chunks[item.storage_index.index or 0].sizes:
+            raise _corrupt(path, f"the piece of {fqn} is another than .metadata says")
+        target = self.resolve_tensor(item).detach()
+        target.copy_(narrow_tensor_by_index(loaded.detach(), item.storage_offsets, item.lengths))
+        self.commit_tensor(item, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -596,12 +618,3 @@ def _archive(dtype: torch.dtype, shape: tuple[int, ...]) -> _Archive:
 def _local(value: Any) -> torch.Tensor:
     assert isinstance(value, torch.Tensor)
     return value
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptCheckpoint(
-            f"{path} cannot be read: {error.strerror}", directory=str(path), mismatches=(str(error),)
-        ) from error

@@ -66,6 +66,7 @@ class WriteJob:
     Write, digest and sync these files below *directory*, holding one of the host's write slots.
 
     Slots of one run on one host are named *slots* and a number below *write_slots*; 0 means no limit.
+    Files are created with *file_mode*; with None as the umask says.
     """
 
     directory: str
@@ -75,6 +76,7 @@ class WriteJob:
     slots: str
     write_slots: int
     slot_timeout_s: float
+    file_mode: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """
 What a trainer hands over: PyTorch's ``Stateful`` protocol, per-rank state, and safe serialisation.
 
-Small values are stored with ``torch.save`` and only ever read back with ``weights_only=True``, so a
-checkpoint cannot run code. A value that could not be read back that way is refused when it is saved.
+Small values are stored with ``torch.save`` and only ever read back by `archives`, so a checkpoint cannot
+run code. A value that could not be read back that way is refused when it is saved.
 """
 
 from __future__ import annotations
@@ -20,24 +20,15 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state  # no publ
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
+from ckptmgr.writers import archives
 
 State = Mapping[str, Any]
 
-#: Longer integers get a pickle opcode that is not read back with weights_only.
+#: Longer integers get a pickle opcode that is not read back.
 _LONG_BITS = 2000
 #: Characters of a text whose bytes are remembered, as those of numbers are; a longer one is as quickly dumped anew.
 _SHORT = 200
 _PLAIN = (bool, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
-#: What may be called to rebuild a value: b"" in pickle protocol 2, and what NumPy arrays and scalars are
-#: made with. None of it runs code of the pickle's choosing.
-_SAFE = [
-    bytes,
-    numpy.ndarray,
-    numpy.dtype,
-    numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    numpy._core.multiarray.scalar,  # type: ignore[attr-defined]
-    *{type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code != "O"},
-]
 
 
 class PerRank:
@@ -83,13 +74,27 @@ class RandomState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put the generators back where they were."""
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        numpy.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-            torch.cuda.set_rng_state_all(state["cuda"])
+        """
+        Put the generators back where they were.
+
+        Raises:
+            CorruptCheckpoint: That is no state of theirs.
+        """
+        try:
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            name, key, position, *_ = state["numpy"]
+            # NumPy takes any position, and reads there.
+            if name == "MT19937" and not (numpy.shape(key) == (624,) and 0 <= position <= 624):
+                raise ValueError("the state of NumPy's generator is none")
+            numpy.random.set_state(state["numpy"])
+            torch.set_rng_state(state["torch"])
+            if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+                torch.cuda.set_rng_state_all(state["cuda"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CorruptCheckpoint(
+                f"the state of the random number generators is none: {error}", directory="", mismatches=(str(error),)
+            ) from error
 
 
 def split(state: State) -> tuple[dict[str, Any], dict[str, PerRank]]:
@@ -163,13 +168,7 @@ def load(data: bytes, what: str) -> Any:
     Raises:
         CorruptCheckpoint: The bytes are something else.
     """
-    try:
-        with torch.serialization.safe_globals(_SAFE):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch's message goes on to recommend reading it unsafely.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0].strip()
-        raise CorruptCheckpoint(f"{what} cannot be read: {reason}", directory=what, mismatches=(reason,)) from error
+    return archives.load(archives.Source(data), what)
 
 
 def _is_plain(value: Any) -> bool:

@@ -25,7 +25,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ckptmgr import durable
+from ckptmgr import durable, reach
 from ckptmgr.manifest import Digest, FileEntry
 from ckptmgr.writers.jobs import Answer, ArenaJob, DigestJob, FileJob, WriteJob
 
@@ -85,7 +85,7 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
         started = time.monotonic()
         for file in job.files:
             try:
-                digest = _write_file(directory / file.path, file, memory)
+                digest = _write_file(directory / file.path, file, memory, job.file_mode)
             except OSError as error:
                 error.filename = error.filename or file.path
                 raise
@@ -97,9 +97,9 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
     return Answer(files=tuple(sealed), write_s=time.monotonic() - started, waited_s=started - asked)
 
 
-def _write_file(path: Path, file: FileJob, memory: memoryview) -> str:
+def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None) -> str:
     digest = Digest()
-    with durable.new_file(path) if file.own else durable.shared_file(path) as descriptor:
+    with durable.new_file(path, mode=mode) if file.own else durable.shared_file(path) as descriptor:
         if file.own:
             durable.set_size(descriptor, file.size)
         if file.data is not None:
@@ -125,13 +125,10 @@ def _read_back(job: DigestJob) -> Answer:
     for path in job.paths:
         digest = Digest()
         size = 0
-        descriptor = os.open(Path(job.directory, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with reach.directory(Path(job.directory)) as folder, reach.regular(folder, path) as descriptor:
             while count := os.readv(descriptor, [buffer]):
                 digest.update(buffer[:count])
                 size += count
-        finally:
-            os.close(descriptor)
         sealed.append(FileEntry(path, size, digest.text, job.rank))
     return Answer(files=tuple(sealed), write_s=time.monotonic() - started)
 

@@ -175,8 +175,10 @@ def die_after_mkdir(run: Path, trace: AtEffect) -> None:
     made: list[str] = []
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
-        if event == "os.mkdir" and not os.path.lexists(args[0]):
-            made.append(os.fspath(args[0]))
+        if event == "os.mkdir":
+            folder = Path(f"/proc/self/fd/{args[2]}").readlink() if args[2] >= 0 else Path()
+            if not os.path.lexists(folder / args[0]):
+                made.append(os.fspath(folder / args[0]))
 
     sys.addaudithook(watch)
     real = durable.sync_directory

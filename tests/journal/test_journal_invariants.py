@@ -172,7 +172,9 @@ def many(steps, count):
         names = [column[0] for column in cursor.description]
         row = dict(zip(names, cursor.fetchone(), strict=True))
         rows = [
-            row | {"id": n, "step": n, "commit_seq": n, "staging_directory": f"s{n}", "directory": f"d{n}"}
+            row
+            | {"id": n, "step": n, "commit_seq": n, "directory": f"checkpoint/step-{n}"}
+            | {"staging_directory": f"checkpoint/.step-{n}.e1.a{n}.incomplete"}
             for n in range(2, count + 1)
         ]
         marks = ", ".join(f":{name}" for name in names)

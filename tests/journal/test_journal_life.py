@@ -614,7 +614,8 @@ def test_files_of_an_attempt_without_any_are_none(steps):
 
 
 def test_many_files_come_back_sorted(steps):
-    files = [FileEntry(f"__{rank}_{n}.distcp", rank * n, "d", rank) for rank in range(64) for n in range(20)]
+    digest = FILES[0].digest
+    files = [FileEntry(f"__{rank}_{n}.distcp", rank * n, digest, rank) for rank in range(64) for n in range(20)]
     record = steps.to(S.WRITING, 1)
     steps.move(record, S.WRITING, S.GATHERED, files=files[::-1])
 

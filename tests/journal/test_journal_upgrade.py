@@ -21,7 +21,7 @@ from journal_steps import CRASHED, FILES, S, Steps, contents, in_child
 from sqlalchemy import create_engine
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
-from ckptmgr.journal import Journal, schema, seal, upgrade
+from ckptmgr.journal import Journal, database, schema, seal, upgrade
 
 RELEASED = sorted((Path(__file__).parent / "released").glob("*.db"))
 NOW, NEXT = schema.REVISION, f"{int(schema.REVISION) + 1:04}"
@@ -58,6 +58,8 @@ def next_version(tmp_path, monkeypatch):
         write_next(scripts, body)
         monkeypatch.setattr(upgrade, "script_location", lambda: str(scripts))
         monkeypatch.setattr(schema, "REVISION", NEXT)
+        # The models of that version are not there to compare with.
+        monkeypatch.setattr(database, "_require_ours", lambda *_: None)
         return scripts
 
     return become
@@ -284,7 +286,8 @@ def test_concurrent_upgrades_agree(journal_is, journal_path, fresh_journal, tmp_
     script = """
 import sys, time, alembic.command
 from pathlib import Path
-from ckptmgr.journal import Journal, schema, upgrade
+from ckptmgr.journal import Journal, database, schema, upgrade
+database._require_ours = lambda *_: None
 path, scripts, go = map(Path, sys.argv[1:4])
 schema.REVISION, upgrade.script_location = sys.argv[4], lambda: str(scripts)
 import ckptmgr.journal.store

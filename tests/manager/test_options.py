@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ckptmgr import Timeouts, WriterOptions
+from ckptmgr import Permissions, Timeouts, WriterOptions
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.options import defaults, variable
 
@@ -25,8 +25,11 @@ def test_defaults_are_what_the_table_says() -> None:
         "write_slots": 2,
         "nice": 10,
         "io_class": "none",
+        "file_mode": None,
+        "directory_mode": None,
     }
-    options = {**dataclasses.asdict(Timeouts()), **dataclasses.asdict(WriterOptions())}
+    made = (Timeouts(), WriterOptions(), Permissions())
+    options = {name: value for one in made for name, value in dataclasses.asdict(one).items()}
     assert options == dict(defaults())
 
 

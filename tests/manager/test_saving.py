@@ -193,7 +193,7 @@ def test_an_arena_that_memory_cannot_hold_is_a_typed_error_and_a_smaller_one_wor
 ) -> None:
     with open_manager() as manager:
         with monkeypatch.context() as machine:
-            machine.setattr(arena, "_available_bytes", lambda: 1000)
+            machine.setattr(arena, "available_bytes", lambda: 1000)
             with pytest.raises(SetupFailed, match="no memory for an arena") as caught:
                 manager.warm_up({"t": torch.zeros(10_000)})
             assert [failure.rank for failure in caught.value.failures] == [0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptmgr.errors import CorruptCheckpoint
 from ckptmgr.lifecycle import Format
-from ckptmgr.manifest import FORMAT_VERSION, Digest, FileEntry, Manifest, is_plain_relative
+from ckptmgr.manifest import FORMAT_VERSION, MAX_NUMBER, Digest, FileEntry, Manifest, is_plain_relative
 
 DIGEST = "xxh3_128:" + "0123456789abcdef" * 2
 
@@ -92,7 +92,7 @@ def test_a_number_that_is_none_is_not_written(number):
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 NAMES = st.from_regex(r"[a-zA-Z0-9._-]{1,12}", fullmatch=True).filter(lambda name: name not in (".", ".."))
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
-COUNTS = st.integers(0, (1 << 63) - 1)
+COUNTS = st.integers(0, MAX_NUMBER)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 MANIFESTS = st.builds(
     Manifest,
@@ -213,8 +213,14 @@ def test_a_manifest_that_was_cut_short_is_refused(length):
         "C:\\x",
         "a\0b",
         "x" * 4097,
+        "x" * 256,
+        "ü" * 128,
+        "/".join(["x" * 255] * 17),
         "\ud800",
         "a/\udcff",
+        "a\nb",
+        "\x1b[2J",
+        "right\u202eleft",
     ],
 )
 def test_a_file_name_that_leaves_the_directory_or_is_none_is_refused(path):
@@ -223,7 +229,10 @@ def test_a_file_name_that_leaves_the_directory_or_is_none_is_refused(path):
         Manifest.from_json(file_changed(path=path))
 
 
-@pytest.mark.parametrize("path", ["a", "a/b/c", ".metadata", "..a", "a..", "...", "a b", "ü", "x" * 4096, "~", "a:b"])
+@pytest.mark.parametrize(
+    "path",
+    ["a", "a/b/c", ".metadata", "..a", "a..", "...", "a b", "ü", "x" * 255, "/".join(["x" * 255] * 16), "~", "a:b"],
+)
 def test_an_unusual_file_name_that_stays_inside_is_read(path):
     assert is_plain_relative(path)
     assert Manifest.from_json(file_changed(path=path)).files[0].path == path

@@ -487,15 +487,15 @@ def test_open_directories_and_open_umasks_are_warned_of(tmp_path: Path) -> None:
         ("renameat2:error=EINVAL", {}),
         ("renameat2:error=ENOSYS", {}),
         ("renameat2:error=EIO", {"D012": "error", "D013": "error", "D014": "error"}),
-        ("rename:error=EXDEV", {"D011": "error", "D022": "warning"}),
+        ("renameat:error=EXDEV", {"D011": "error", "D022": "warning"}),
         ("fallocate:error=EOPNOTSUPP", {}),
         ("fallocate:error=EIO", {"D010": "error"}),
         ("fallocate:retval=0", {"D010": "error"}),
-        ("rename:retval=0", {"D011": "error", "D022": "warning"}),
+        ("renameat:retval=0", {"D011": "error", "D022": "warning"}),
         ("renameat2:retval=0", {"D012": "error", "D013": "error", "D014": "error"}),
-        ("symlink:error=EPERM", {"D022": "warning"}),
-        ("mkdir:error=EACCES", {"D004": "error"}),
-        ("mkdir:error=EDQUOT", {"D006": "error"}),
+        ("symlinkat:error=EPERM", {"D022": "warning"}),
+        ("mkdirat:error=EACCES", {"D004": "error"}),
+        ("mkdirat:error=EDQUOT", {"D006": "error"}),
         ("pwrite64:error=EDQUOT", {"D006": "error"}),
         ("pwrite64:error=EIO", {
             "D009": "error", "D011": "error", "D012": "error", "D013": "error", "D014": "error", "D015": "error",
@@ -562,11 +562,16 @@ SHIM = r"""
     }
     static pid_t started;
     __attribute__((constructor)) static void start(void) { started = getpid(); }
+    static int lies(void) { return *mode() == 'e' || (*mode() == 'f' && getpid() != started); }
     int open64(const char *path, int flags, ...) {
         va_list list; va_start(list, flags); int bits = va_arg(list, int); va_end(list);
         int (*real)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
-        int lie = *mode() == 'e' || (*mode() == 'f' && getpid() != started);
-        return real(path, lie ? flags & ~O_EXCL : flags, bits);
+        return real(path, lies() ? flags & ~O_EXCL : flags, bits);
+    }
+    int openat64(int folder, const char *path, int flags, ...) {
+        va_list list; va_start(list, flags); int bits = va_arg(list, int); va_end(list);
+        int (*real)(int, const char *, int, ...) = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat64");
+        return real(folder, path, lies() ? flags & ~O_EXCL : flags, bits);
     }
 """
 

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as stock
-from one_rank import OneRank, dtypes, random_bits, same_bits
+from one_rank import OneRank, dtypes, random_bits, read, same_bits
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.options import WriterOptions
-from ckptmgr.writers import dcp
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.process import WriterProcess
 from ckptmgr.writers.state import PerRank
@@ -72,7 +71,7 @@ def test_every_dtype_and_shape_is_read_back_bit_for_bit(rank, tmp_path, dtype):
     # By the stock library, by torch.load of the piece alone, and by ours.
     there = stock_load({name: torch.empty_like(tensor) for name, tensor in state.items()}, tmp_path)
     ours: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in state.items()}
-    dcp.read(tmp_path, ours, 0, same_world=True)
+    read(tmp_path, ours)
     metadata = FileSystemReader(tmp_path).read_metadata()
     data = (tmp_path / "__0_0.distcp").read_bytes()
     for index, info in metadata.storage_data.items():
@@ -158,7 +157,7 @@ def test_ours_loads_a_whole_training_state_in_place(rank, tmp_path):
     rank.save(state, tmp_path)
     fresh: dict[str, Any] = a_training_state(seed=1) | {"loader": PerRank(None), "none": 1}
     parameters = list(fresh["model"].parameters())
-    plain = dcp.read(tmp_path, fresh, 0, same_world=True)
+    plain = read(tmp_path, fresh)
 
     assert all(mine is other for mine, other in zip(parameters, fresh["model"].parameters(), strict=True))
     assert all(same_bits(t, fresh["model"].state_dict()[name]) for name, t in state["model"].state_dict().items())
@@ -196,7 +195,7 @@ def test_a_state_whose_shapes_change_is_laid_out_anew(rank, tmp_path):
 
 def test_a_state_without_a_tensor_can_be_saved(rank, tmp_path):
     rank.save({"step": 3}, tmp_path)
-    plain = dcp.read(tmp_path, {"step": 0}, 0, same_world=True)
+    plain = read(tmp_path, {"step": 0})
 
     assert plain == {"step": 3}
     assert not (tmp_path / "__0_0.distcp").exists()
@@ -205,7 +204,7 @@ def test_a_state_without_a_tensor_can_be_saved(rank, tmp_path):
 def test_per_rank_state_alone_can_be_saved(rank, tmp_path):
     rank.save({"loader": PerRank({"at": 1})}, tmp_path)
     holder = PerRank(None)
-    dcp.read(tmp_path, {"loader": holder}, 0, same_world=True)
+    read(tmp_path, {"loader": holder})
 
     assert holder.value == {"at": 1}
 
@@ -213,15 +212,15 @@ def test_per_rank_state_alone_can_be_saved(rank, tmp_path):
 def test_what_the_state_asks_for_and_the_checkpoint_lacks_is_named(rank, tmp_path):
     rank.save({"a": torch.zeros(2)}, tmp_path)
     with pytest.raises(StateMismatch, match="b"):
-        dcp.read(tmp_path, {"a": torch.zeros(2), "b": torch.zeros(2)}, 0, same_world=True)
+        read(tmp_path, {"a": torch.zeros(2), "b": torch.zeros(2)})
     with pytest.raises(StateMismatch, match="loader"):
-        dcp.read(tmp_path, {"a": torch.zeros(2), "loader": PerRank(1)}, 0, same_world=True)
+        read(tmp_path, {"a": torch.zeros(2), "loader": PerRank(1)})
 
 
 def test_another_shape_is_a_mismatch(rank, tmp_path):
     rank.save({"a": torch.zeros(2, 3)}, tmp_path)
     with pytest.raises(StateMismatch):
-        dcp.read(tmp_path, {"a": torch.zeros(3, 3)}, 0, same_world=True)
+        read(tmp_path, {"a": torch.zeros(3, 3)})
 
 
 @pytest.mark.parametrize(
@@ -268,7 +267,7 @@ def test_a_metadata_file_with_code_in_it_is_refused_and_not_run(rank, tmp_path, 
     rank.save({"a": torch.zeros(2)}, tmp_path)
     (tmp_path / ".metadata").write_bytes(payload())
     with pytest.raises(CorruptCheckpoint, match=r"\.metadata"):
-        dcp.read(tmp_path, {"a": torch.zeros(2)}, 0, same_world=True)
+        read(tmp_path, {"a": torch.zeros(2)})
     assert not Evil.ran
 
 
@@ -282,7 +281,7 @@ def test_a_metadata_file_that_points_outside_is_refused(rank, tmp_path, name):
         info.relative_path = name
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CorruptCheckpoint, match="names the file"):
-        dcp.read(tmp_path / "step", {"a": torch.zeros(2)}, 0, same_world=True)
+        read(tmp_path / "step", {"a": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "nonsense"])
@@ -298,4 +297,4 @@ def test_a_damaged_file_is_a_corrupt_checkpoint(rank, tmp_path, name, damage):
         path.write_bytes(b"\x00" * path.stat().st_size)
     expected = (CorruptCheckpoint, StateMismatch) if (name, damage) == ("per-rank-0.pt", "gone") else CorruptCheckpoint
     with pytest.raises(expected):
-        dcp.read(tmp_path, {"a": torch.zeros(50), "step": 0, "loader": PerRank(0)}, 0, same_world=True)
+        read(tmp_path, {"a": torch.zeros(50), "step": 0, "loader": PerRank(0)})

@@ -385,12 +385,12 @@ def test_a_directory_gives_everything_but_weights_and_hidden_files(tmp_path):
 
 def test_links_in_a_model_directory_are_read_as_the_hub_cache_makes_them(tmp_path):
     """Snapshots of the hub's cache are folders of links to blobs."""
-    blob = tmp_path / "blobs" / "abc"
-    blob.parent.mkdir()
-    blob.write_text('{"from": "blob"}')
-    source = tmp_path / "snapshot"
-    source.mkdir()
-    (source / "config.json").symlink_to(blob)
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "abc").write_text('{"from": "blob"}')
+    source = repository / "snapshots" / "0123"
+    source.mkdir(parents=True)
+    (source / "config.json").symlink_to("../../blobs/abc")
     export(HuggingFace(assets=source), {"a": torch.zeros(1)}, tmp_path / "out")
 
     assert (tmp_path / "out" / "config.json").read_text() == '{"from": "blob"}'

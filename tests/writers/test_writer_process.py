@@ -200,12 +200,17 @@ def test_a_writer_that_died_is_replaced_and_maps_again(process, arena, tmp_path)
     assert (tmp_path / "x.bin").read_bytes() == BYTES
 
 
+def takes_for_ever(path: Path) -> None:
+    """A file without end, nearly, for a writer to read."""
+    path.touch()
+    os.truncate(path, 1 << 43)
+
+
 def test_death_in_the_middle_of_a_job_is_an_answer_that_names_the_signal(process, arena, tmp_path):
-    os.mkfifo(tmp_path / "stuck")
+    takes_for_ever(tmp_path / "stuck")
     assert process.share(arena, 30) is None
     pid = process.pid
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {pid}"])
-    # Reading a pipe that nobody writes to hangs until the kill.
     answer = process.do(DigestJob(str(tmp_path), ("stuck",), 0), 20)
     killer.wait()
 
@@ -216,7 +221,7 @@ def test_death_in_the_middle_of_a_job_is_an_answer_that_names_the_signal(process
 
 
 def test_a_writer_that_does_not_answer_in_time_is_killed_and_replaced(process, arena, tmp_path):
-    os.mkfifo(tmp_path / "stuck")
+    takes_for_ever(tmp_path / "stuck")
     assert process.share(arena, 30) is None
     pid = process.pid
     started = time.monotonic()
@@ -242,7 +247,7 @@ def test_a_stopped_writer_is_killed_too(process):
 def test_killing_from_another_thread_ends_the_wait(process, tmp_path):
     import threading
 
-    os.mkfifo(tmp_path / "stuck")
+    takes_for_ever(tmp_path / "stuck")
     assert process.start(30) is None
     threading.Timer(0.3, process.kill).start()
     started = time.monotonic()
