@@ -8,7 +8,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint docs check clean
+.PHONY: help demo test torture mutants lint docs check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -21,6 +21,9 @@ test: $(VENV)/installed ## run all tests
 
 torture: $(VENV)/installed ## every fault at every place of a run, and one table (needs gcc; at most 30 min; TORTURE='--seed 2 --budget 600')
 	$(BIN)/python tools/torture $(TORTURE)
+
+mutants: $(VENV)/installed ## deliberate defects of the product, each of which must be caught (needs gcc; about 10 min)
+	$(BIN)/python tools/torture --mutants $(MUTANTS)
 
 lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import pickle
+import select
 import selectors
 import signal
 import socket
@@ -44,6 +45,8 @@ CRASHED = 73
 #: The same of one whose writer process reached it and took its trainer along.
 KILLED = -signal.SIGKILL
 _IN_WRITER = "CKPTMGR_TEST_IN_WRITER"
+#: The address of the server that all others are forked from.
+_STEM = "FORKS_STEM"
 
 
 # --- the fork server ---------------------------------------------------------------------------
@@ -62,11 +65,15 @@ class ForkServer:
     """
     Runs functions in forked children. Threads may share it.
 
+    A server can itself be forked, from one that has imported what is slow and nothing of ours (`stem`): so
+    that many servers, each with another copy of the product, cost little.
+
     Args:
         preload: Modules to import once, before any fork.
         path: Folders that go before this process's import path, in every child and its writer processes.
         environment: What else children and their writer processes find in their environment.
         within: A command, with its arguments, that becomes the one that follows, such as `unshare --mount`.
+        stem: The `address` of a server to fork this one from; by default as the environment says.
     """
 
     def __init__(
@@ -75,21 +82,54 @@ class ForkServer:
         path: tuple[Path, ...] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
         within: tuple[str, ...] = (),
+        stem: str | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forks-")
-        self._address = str(Path(self._folder.name, "socket"))
+        self.address = str(Path(self._folder.name, "socket"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._trunk: socket.socket | None = None
+        import_path = [*map(str, path), *filter(None, sys.path)]
+        if stem := stem or os.environ.get(_STEM):
+            given = {**environment, "PYTHONPATH": os.pathsep.join(import_path), _STEM: stem}
+            self._alive = self._branch_off(stem, import_path, given, preload)
+            return
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self._address)
+            listener.bind(self.address)
             listener.listen(64)
             self._alive, theirs = socket.socketpair()
             with theirs:
                 descriptors = (listener.fileno(), theirs.fileno())
-                import_path = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
                 self._process = subprocess.Popen(
-                    [*within, sys.executable, "-m", "child_process", *map(str, descriptors), *preload],
+                    # Not from the working directory: it may have another copy of the product.
+                    [*within, sys.executable, "-P", "-m", "child_process", *map(str, descriptors), *preload],
                     pass_fds=descriptors,
-                    env={**os.environ, "PYTHONPATH": import_path, "OMP_NUM_THREADS": "1", **environment},
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(import_path),
+                        "OMP_NUM_THREADS": "1",
+                        **environment,
+                    },
                 )
+
+    def _branch_off(
+        self, stem: str, import_path: list[str], environment: Mapping[str, str], preload: tuple[str, ...]
+    ) -> socket.socket:
+        output = Path(self._folder.name, "output")
+        output.touch()
+        args = (self.address, import_path, dict(environment), preload)
+        request = pickle.dumps((str(output), "child_process:_branch", args))
+        self._trunk = trunk = socket.socket(socket.AF_UNIX)
+        trunk.connect(stem)
+        trunk.sendall(struct.pack("<Q", len(request)) + request)
+        alive = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                alive.connect(self.address)
+                return alive
+            ended, _, _ = select.select([trunk], [], [], 0.005)
+            assert not ended, f"the fork server did not start: {output.read_text()}"
+            assert time.monotonic() < deadline, f"the fork server did not start in time: {output.read_text()}"
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> Ended:
         """Call *function*, importable by name, in a fresh child and wait for its end."""
@@ -98,7 +138,7 @@ class ForkServer:
         request = pickle.dumps((output, f"{function.__module__}:{function.__qualname__}", args))
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout_s)
-            connection.connect(self._address)
+            connection.connect(self.address)
             connection.sendall(struct.pack("<Q", len(request)) + request)
             try:
                 answer = connection.recv(16, socket.MSG_WAITALL)
@@ -127,10 +167,17 @@ class ForkServer:
         """End the server and every child that is left."""
         self._alive.close()
         try:
-            self._process.wait(20)
+            if self._trunk is not None:
+                self._trunk.settimeout(20)
+                self._trunk.recv(16)
+            if self._process is not None:
+                self._process.wait(20)
         finally:
-            self._process.kill()
-            self._process.wait()
+            if self._trunk is not None:
+                self._trunk.close()  # it is killed, if it has not ended
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
             self._folder.cleanup()
 
 
@@ -227,6 +274,21 @@ def _fork(connection: socket.socket) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _branch(address: str, import_path: list[str], environment: dict[str, str], preload: tuple[str, ...]) -> None:
+    """In a child of another server: be a server."""
+    sys.path[:] = import_path
+    os.environ.update(environment)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        alive, _ = listener.accept()
+        with alive:
+            for name in preload:
+                importlib.import_module(name)
+            assert threading.active_count() == 1, threading.enumerate()
+            _serve(listener, alive)
 
 
 def _main() -> None:

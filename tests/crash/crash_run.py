@@ -19,9 +19,9 @@ from child_process import AtComment, AtEffect, arm, die, mark_trace
 
 from ckptmgr import durable, recovery
 from ckptmgr.cli import main
-from ckptmgr.errors import CheckpointError, SaveFailed, UnsafePath
+from ckptmgr.errors import CheckpointError, JournalCorrupt, JournalError, SaveFailed, UnsafePath
 from ckptmgr.journal import Journal
-from ckptmgr.lifecycle import CheckpointRecord
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.options import Timeouts, WriterOptions
 from ckptmgr.recovery import FoundKind
@@ -223,6 +223,7 @@ def save_in_trouble(run: Path, scenario: Scenario, *faults: AtEffect | BadCommit
                 note(run, "failed", save)
                 assert_what_was_acknowledged_is_whole(run)
             else:
+                assert_is_whole(run, save)
                 note(run, "acknowledged", save)
         for fault in faults:
             if isinstance(fault, AtEffect) and fault.trace is not None:
@@ -245,6 +246,18 @@ def assert_what_was_acknowledged_is_whole(
             if word == "acknowledged":
                 (row,) = (row for row in live if (row.series, row.step) == (series, step))
                 assert rundir.verify(row.directory, journal.files(row.id), digests=True) == ()
+
+
+def assert_is_whole(run: Path, save: Save) -> None:
+    """What has just been acknowledged is COMMITTED in the journal, and every byte of it stands at its name."""
+    rundir = RunDirectory(run)
+    with Journal.open_read_only(rundir.journal_path) as journal:
+        live = [
+            row for row in journal.checkpoints(live_only=True) if (row.series, row.step) == (save.series, save.step)
+        ]
+        assert len(live) == 1, f"{save} was acknowledged and is not COMMITTED"
+        wrong = rundir.verify(live[0].directory, journal.files(live[0].id), digests=True)
+        assert wrong == (), f"{save} was acknowledged with {wrong}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +385,40 @@ def content(run: Path, record: CheckpointRecord) -> tuple[int, int]:
     return record.step, int(record.metrics["gen"])
 
 
+def assert_nothing_untrue(run: Path) -> None:
+    """
+    What anybody may read before anything is recovered is true: the journal, ``meta.json`` and ``hf-latest``.
+
+    They may lag behind, but never name what is not COMMITTED, and a live row has its directory.
+    """
+    rundir = RunDirectory(run)
+    try:
+        opened = Journal.open_read_only(rundir.journal_path)
+    except JournalCorrupt:
+        raise
+    except JournalError:
+        return  # there is none yet, or readers are kept out of it until a transaction is undone
+    with opened as journal:
+        rows = journal.checkpoints()
+        files = {row.id: journal.files(row.id) for row in rows}
+    replaced = {row.overwrites: row for row in rows if row.state is CheckpointState.GATHERED}
+    for row in (row for row in rows if row.is_live):
+        by = replaced.get(row.id)
+        places = [row.directory, *([row.retired_directory, by.staging_directory] if by is not None else [])]
+        whole = [place for place in places if rundir.verify(place, files[row.id], digests=True) == ()]
+        assert whole, f"{row.directory} is COMMITTED, and before anything is recovered it is not whole at its name"
+    committed = {row.directory for row in rows if row.state is CheckpointState.COMMITTED}
+    meta = run / "meta.json"
+    try:
+        listed = json.loads(meta.read_text()) if meta.exists() else {}
+    except ValueError as error:
+        raise AssertionError(f"meta.json cannot be read: {error}") from error
+    named = {path for name, paths in listed.items() if name.endswith("_list") for path in paths}
+    if (run / "hf" / "hf-latest").is_symlink():
+        named.add(f"hf/{(run / 'hf' / 'hf-latest').readlink()}")
+    assert named <= committed, f"meta.json or hf-latest names {named - committed}, which is not COMMITTED"
+
+
 def assert_sound(run: Path, *, set_aside: bool = False) -> dict[str, list[CheckpointRecord]]:
     """
     Everything that must hold of a run that was opened after a crash.
@@ -388,7 +435,9 @@ def assert_sound(run: Path, *, set_aside: bool = False) -> dict[str, list[Checkp
         rows = journal.checkpoints()
         files = {row.id: journal.files(row.id) for row in rows}
         left = recovery.preview(journal, rundir).actions
+        epochs = [change.epoch for change in journal.transitions()]
 
+    assert epochs == sorted(epochs), "a manager that was taken over has changed a row since"
     # No row in between, no directory but those of live checkpoints, nothing left for another recovery.
     assert [row for row in rows if row.is_in_flight] == []
     assert [row for row in rows if row.retire_started_at and not row.retired_at] == []

@@ -408,3 +408,55 @@ def test_a_manager_that_was_taken_over_can_neither_commit_nor_delete(
     assert torch.equal(state["t"], torch.full((100,), 2.0))
     new.close()
     assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "names", "then"),
+    [
+        (CheckpointState.WRITING, ["step-1"], ["step-1"]),
+        # The heir publishes and commits it, which lets nothing go; the next save does.
+        (CheckpointState.GATHERED, [".step-2.e1.a2.incomplete", "step-1"], ["step-1", "step-2"]),
+        (CheckpointState.COMMITTED, ["step-1", "step-2"], ["step-2"]),
+    ],
+)
+def test_a_manager_that_is_taken_over_changes_no_row_and_no_name_of_others(
+    open_manager: Open,
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: CheckpointState,
+    names: list[str],
+    then: list[str],
+) -> None:
+    series = [Series("checkpoint", DCP(), keep=KeepLast(1))]
+    old = open_manager(series=series)
+    first = old.save(1, {"t": torch.zeros(100)})
+    assert first is not None
+    first.wait()
+    advance = Journal.advance
+
+    def advance_and_lose(journal: Journal, *move: Any, **facts: Any) -> Any:
+        record = advance(journal, *move, **facts)
+        if move[2] is moment:
+            with Journal.open(journal.path) as heirs:
+                heirs.begin_epoch(host="elsewhere", pid=1, command="heir", versions={})
+        return record
+
+    monkeypatch.setattr(Journal, "advance", advance_and_lose)
+    late = old.save(2, {"t": torch.ones(100)})
+    assert late is not None
+    committed = moment is CheckpointState.COMMITTED
+    with contextlib.nullcontext() if committed else pytest.raises(SaveFailed, match="StaleWriter"):
+        late.wait()
+    monkeypatch.undo()
+
+    assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == names
+    assert "StaleWriter" in caplog.text
+    old.close()
+    new = open_manager(series=series)
+    state = {"t": torch.zeros(100)}
+    resumed = new.resume(state, verify_digests=True)
+    assert resumed is not None
+    assert (f"step-{resumed.step}", float(state["t"][0])) == (then[-1], resumed.step - 1.0)
+    new.close()
+    assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == then

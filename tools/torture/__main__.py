@@ -2,10 +2,11 @@
 ``make torture``: every fault at every place, and one table.
 
     python tools/torture [--seed N] [--budget SECONDS] [--only WORDS] [--report FILE] [--again POINT]
+    python tools/torture --mutants [--only WORDS]
 
 Every sweep gets its share of the time; within a sweep the seed decides which points come first. A
 report that was begun with the same seed and code is gone on with, so a second call tries other points.
-Exit status 1 if anything was violated, 2 if nothing could be tried.
+Exit status 1 if anything was violated, or if a mutant survived; 2 if nothing could be tried.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "crash"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tools"), *(str(ROOT / "tests" / name) for name in ("crash", "mutants", ""))]
 
-from torture import faults, fulldisks, hosts, powerloss, realdisks, shim  # noqa: E402
+import kept  # noqa: E402
+
+from torture import faults, fulldisks, hosts, hunt, powerloss, realdisks, shim  # noqa: E402
 from torture.report import NotTried, Report, Result, table  # noqa: E402
 
 
@@ -63,10 +66,13 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=ROOT / "runs" / "torture.jsonl", help="where results are kept")
     parser.add_argument("--again", help="one point by its name, whatever the report says; what is left of it stays")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="points at a time")
+    parser.add_argument("--mutants", action="store_true", help="let the kept mutants loose, to see that each is caught")
     options = parser.parse_args()
     if reason := shim.why_not():
         print(f"nothing was tried: {reason}", file=sys.stderr)
         return 2
+    if options.mutants:
+        return _mutants(options)
     report = Report(options.report, f"{options.seed} {_code()}")
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         ground = faults.Ground(Path(folder), shim.build())
@@ -150,6 +156,19 @@ def _prepared(ground: faults.Ground, sweep: Technique) -> Sequence[Any] | NotTri
         return ground.whole(sweep)
     except NotTried as reason:
         return reason
+
+
+def _mutants(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    chosen = [mutant for mutant in kept.MUTANTS if options.only in mutant.name]
+    found = hunt.hunt(chosen, options.workers)
+    survived = [one for one in found if not one.caught]
+    print(hunt.table(found))
+    for one in survived:
+        print(f"\nSURVIVED: {one.mutant}, by {one.technique}\n{one.where}")
+    caught = len({one.mutant for one in found} - {one.mutant for one in survived})
+    print(f"\n{caught} of {len(chosen)} mutants caught by all that is named, {time.monotonic() - began:.0f} s")
+    return 1 if survived else 0 if found else 2
 
 
 def _again(ground: faults.Ground, name: str) -> int:

@@ -47,9 +47,10 @@ class Ground:
         folder: On the disk that is to be used; everything goes below it.
         library: The shim.
         path: Folders that go before the import path of children, for mutants.
+        stem: The address of a fork server with the shim to fork this one's from.
     """
 
-    def __init__(self, folder: Path, library: Path, path: tuple[Path, ...] = ()) -> None:
+    def __init__(self, folder: Path, library: Path, path: tuple[Path, ...] = (), stem: str | None = None) -> None:
         here = Path(__file__).resolve().parents[1]
         tests = here.parent / "tests"
         self.folder = folder
@@ -59,7 +60,8 @@ class Ground:
             "torture.runs",
             path=(*path, here, tests / "crash", tests),
             environment={"LD_PRELOAD": str(library)},
-            within=mounts.private(),
+            within=mounts.private() if stem is None else (),
+            stem=stem,
         )
         self._made: dict[object, Any] = {}
         self._locks: dict[object, threading.Lock] = {}
@@ -119,6 +121,7 @@ class Sweep:
         afterwards: The fault ends, and there is another save.
         kinds: Which calls are numbered.
         scenario: What *words* stand for, if it is none that they name.
+        victim: Whom it concerns, where the fault's name does not say it.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Sweep:
         afterwards: bool,
         kinds: tuple[Kind, ...] = shim.CHANGES,
         scenario: Scenario | None = None,
+        victim: str = "",
     ) -> None:
         self.fault = fault
         self.words = words
@@ -138,13 +142,14 @@ class Sweep:
         self._orders = orders
         self._afterwards = afterwards
         self._kinds = kinds
+        self._victim = victim
         series, _, how = words.partition(" ")
         self._scenario = scenario or (scenarios(series)[how] if how else None)
 
     @property
     def name(self) -> str:
         """What it is called in a report."""
-        return f"{self.fault} | {self.words} | {self.world}"
+        return f"{self.fault} | {self.words} | {self.world}" + (f" | {self._victim}" if self._victim else "")
 
     @property
     def same(self) -> object:
@@ -162,6 +167,10 @@ class Sweep:
     def points(self, prepared: Sequence[Call]) -> Iterator[int]:
         """The numbers of the calls at which this fault makes sense."""
         return (n for n, call in enumerate(prepared, 1) if self._orders(n, call) is not None)
+
+    def phase(self, n: int, prepared: Sequence[Call]) -> str:
+        """Where in the run's life the *n*-th call was made when nothing struck."""
+        return prepared[n - 1].phase.name
 
     def strike(self, ground: Ground, folder: Path, n: int, prepared: Sequence[Call]) -> Outcome:
         """Let the fault strike at the *n*-th call and judge what is left."""
@@ -218,6 +227,7 @@ class Sweep:
             ((_, *each),) = runs.told(run, "world")
             statuses = dict(enumerate(each))
         lost = {role // 2 for role in dead if role % 2 == 0}
+        hit = {role // 2 for role in dead}
         for rank, status in statuses.items():
             if rank in lost:
                 assert status == KILLED, f"rank {rank}: status {status}\n{ended.output}"
@@ -226,6 +236,10 @@ class Sweep:
             for word, *facts in told:
                 late = facts[-1]
                 assert late < runs.HEARD_WITHIN_S, f"rank {rank} was told {word} after {late:.1f} s"
+            for word, _, *facts in told[:1]:
+                if word == "failed" and hit:
+                    blamed = {blamed for blamed, _ in facts[0]}
+                    assert blamed == hit, f"rank {rank} was told that {facts[0]}, and it was {hit} that died"
             if lost:
                 # Without that rank nothing can be saved; every other one must know, by a typed error.
                 assert told, f"rank {rank} was told nothing\n{ended.output}"
@@ -451,12 +465,12 @@ def sweeps() -> list[Sweep]:
         )
         found.append(Sweep("SIGKILL of one writer", words, 1, _kill(shim.writer(0), [Phase.SHARDS]), afterwards=True))
         for rank in (0, 1):
-            found.append(
-                Sweep("SIGKILL of one writer", words, 2, _kill(shim.writer(rank), _SHARED_WORK), afterwards=True)
-            )
-            found.append(
-                Sweep("SIGKILL of one rank", words, 2, _kill(shim.trainer(rank), _SHARED_WORK), afterwards=True)
-            )
+            for fault, role in (
+                ("SIGKILL of one writer", shim.writer(rank)),
+                ("SIGKILL of one rank", shim.trainer(rank)),
+            ):
+                kill = _kill(role, _SHARED_WORK)
+                found.append(Sweep(fault, words, 2, kill, afterwards=True, victim=f"rank {rank}"))
     for words in SCENARIOS:
         found.append(Sweep("torn write, then SIGKILL", words, 1, _write(Action.TORN), afterwards=False))
         found.append(Sweep("short write", words, 1, _write(Action.SHORT), afterwards=True))

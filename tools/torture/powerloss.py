@@ -313,6 +313,10 @@ class PowerLoss:
         """The numbers of the states."""
         return iter(range(len(prepared)))
 
+    def phase(self, n: int, prepared: Sequence[State]) -> str:
+        """After a call of which phase the power failed."""
+        return prepared[n].phase
+
     def strike(self, ground: Ground, folder: Path, n: int, prepared: Sequence[State]) -> Outcome:
         """Put the *n*-th state on the disk and judge it."""
         state = prepared[n]

@@ -176,6 +176,8 @@ def create(run: Path, orders: Path) -> None:
 def judge(run: Path, *, set_aside: bool = False, twice: bool = True) -> None:
     """Everything that must hold after a crash, by opening, resuming and saving again on one rank."""
     begun = run.is_dir() and RunDirectory(run).journal_path.exists()
+    if begun:
+        crash_run.assert_nothing_untrue(run)
     crash_run.check(run, twice=twice and begun, set_aside=set_aside)
 
 
@@ -185,6 +187,7 @@ def judge_recovery(run: Path) -> None:
         assert not any(word == "acknowledged" for word, *_ in crash_run.notes(run)), "the run or its journal is gone"
         judge(run)
         return
+    crash_run.assert_nothing_untrue(run)
     assert main(["recover", str(run), "--apply"]) == 0
     before = crash_run.tree(run), crash_run.rows(run)
     assert main(["recover", str(run), "--apply"]) == 0
@@ -273,6 +276,8 @@ def _save(
     else:
         _tell(run, rank, "acknowledged", save.step, save.gen, time.monotonic() - began)
         if rank == 0:
+            if armed.is_over:
+                crash_run.assert_is_whole(run, save)
             crash_run.note(run, "acknowledged", save)
         return True
 
