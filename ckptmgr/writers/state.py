@@ -148,7 +148,7 @@ def dump(value: Any, what: str) -> bytes:
     return data
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _dump_scalar(kind: str, text: str, value: Any) -> bytes:
     """Optimizers and schedulers have hundreds of numbers that hardly change; kind and text keep 1, 1.0, True apart."""
     del kind, text
