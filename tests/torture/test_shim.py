@@ -48,19 +48,19 @@ def seen_by_strace(log: Path, run: Path) -> collections.Counter[tuple[Kind, str]
             continue
         call, args, _ = match.groups()
         descriptor = re.match(r"\d+<([^>]*)>", args)
-        names = [name for name in re.findall(r'"([^"]*)"', args) if name.startswith(str(run))]
-        folder = re.search(r"<([^>]*)>, \"([^/\"][^\"]*)\"", args)
-        removes = call in ("unlink", "unlinkat", "rmdir")
-        if removes:
-            path = names[0] if names else f"{folder[1]}/{folder[2]}" if folder else ""
+        # Names come alone, or relative to a descriptor that strace shows with its path before them.
+        names = [str(Path(folder, name)) for folder, name in re.findall(r'(?:<([^>]*)>, )?"([^"]*)"', args)]
+        if call in ("unlink", "unlinkat", "rmdir"):
             kind = Kind.RMDIR if call == "rmdir" or "AT_REMOVEDIR" in args else Kind.UNLINK
         else:
             found = [kind for kind, calls in _KINDS.items() if call in calls]
             if not found:
                 continue
             (kind,) = found
-            by_descriptor = kind in (Kind.WRITE, Kind.TRUNCATE, Kind.ALLOCATE, Kind.FSYNC)
-            path = (descriptor[1] if descriptor else "") if by_descriptor else (names[0] if names else "")
+        if kind in (Kind.WRITE, Kind.TRUNCATE, Kind.ALLOCATE, Kind.FSYNC):
+            path = descriptor[1] if descriptor else ""
+        else:
+            path = names[-1 if kind is Kind.SYMLINK else 0]
         if path.startswith(str(run)):
             seen[kind, plain(path, run)] += 1
     return seen
