@@ -41,8 +41,12 @@ def add_past(path: Path, number: int, series: str, layout: Format) -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Callable[[], int]]:
-    """Journals opened in this block count their steps; gives a function: how many since it was last called."""
-    real = database.connect
+    """
+    Journals opened in this block count their steps; gives a function: how many since it was last called.
+
+    SQLite has one such counter for a connection, and the product's limit would take its place.
+    """
+    real, limit = database.connect, database.limit_steps
     steps = 0
 
     def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
@@ -61,8 +65,8 @@ def counted() -> Iterator[Callable[[], int]]:
         found, steps = steps, 0
         return found
 
-    database.connect = connect
+    database.connect, database.limit_steps = connect, lambda *_: None
     try:
         yield since
     finally:
-        database.connect = real
+        database.connect, database.limit_steps = real, limit
