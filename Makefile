@@ -8,7 +8,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture mutants lint docs check clean
+.PHONY: help demo test torture mutants soak lint docs check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -24,6 +24,9 @@ torture: $(VENV)/installed ## every fault at every place of a run, and one table
 
 mutants: $(VENV)/installed ## deliberate defects of the product, each of which must be caught (needs gcc; about 10 min)
 	$(BIN)/python tools/torture --mutants $(MUTANTS)
+
+soak: $(VENV)/installed ## thousands of saves with random faults, and whether anything grows (at most 30 min; SOAK='--ranks 4 --saves 1500')
+	$(BIN)/python tools/soak $(SOAK)
 
 lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/ruff check .

@@ -312,6 +312,14 @@ class Armed:
         """Whether what came before can be expected to be whole: no disk that still refuses everything, no heir."""
         return not (self.has_struck and (self._shared.sticky or self._shared.action == Action.STOP))
 
+    def order(self, orders: Orders) -> None:
+        """New orders in the midst of a run; *orders* count from the next call on."""
+        self._shared.at = 0
+        self._shared.action, self._shared.error, self._shared.sticky = orders.action, orders.error, orders.sticky
+        self._shared.kinds = sum(1 << kind for kind in orders.kinds)
+        self._shared.target, self._shared.struck = orders.target, 0
+        self._shared.at = self._shared.count + orders.at if orders.at else 0
+
     def calm(self) -> None:
         """No more faults: the space is freed, the disk repaired."""
         self._shared.at = 0

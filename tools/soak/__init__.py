@@ -1,0 +1,1 @@
+"""Thousands of saves with random faults, and nothing that grows with their number: `make soak`."""
