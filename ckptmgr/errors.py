@@ -148,7 +148,7 @@ class RunLocked(CheckpointError, TimeoutError):
 
 
 class LockUnsupported(CheckpointError, OSError):
-    """The file system cannot lock files, so two managers could not be kept apart."""
+    """The file system cannot lock files, or not make the lock's, so two managers could not be kept apart."""
 
     hint = "put the journal on a file system with working flock, with journal="
     path: str

@@ -138,6 +138,7 @@ class CheckpointManager:
             self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
             self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
             self._rundir = RunDirectory(run_dir, journal, permissions=permissions)
+            self._rundir.check_journal_path()
         except CheckpointError as error:
             try:
                 self._meet("CheckpointManager", (0,), error)

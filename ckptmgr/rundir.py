@@ -65,6 +65,8 @@ _WORKING = re.compile(
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG)
 #: Errors that say that something else stands where a file of ours would be created or replaced.
 _TAKEN = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
+#: Of the journal's path, in bytes: SQLite opens none of more than 504, and what is kept beside it has longer names.
+MAX_JOURNAL_PATH_BYTES = 480
 _MARK = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
 _KINDS = {
     "incomplete": FoundKind.STAGING,
@@ -124,6 +126,22 @@ class RunDirectory:
         self.lock_path = self.journal_path.with_name(self.journal_path.name.removesuffix(".db") + ".lock")
         self._lock: UnixFileLock | None = None
 
+    def check_journal_path(self) -> None:
+        """
+        Refuse a journal that SQLite could not open by its name.
+
+        Raises:
+            InvalidArgument: Its path has more than `MAX_JOURNAL_PATH_BYTES`.
+        """
+        length = len(os.fsencode(self.journal_path))
+        if length > MAX_JOURNAL_PATH_BYTES:
+            raise InvalidArgument(
+                f"the journal's path has {length} bytes and SQLite can use no more than {MAX_JOURNAL_PATH_BYTES}: "
+                f"{self.journal_path}",
+                hint="put the journal under a shorter path on the same host: journal= in code, --journal PATH on the "
+                "command line; the run directory itself may stay where it is",
+            )
+
     # -- the run lock ---------------------------------------------------------------------------
 
     def acquire(self, command: str, *, timeout_s: float = 0.0) -> None:
@@ -132,13 +150,14 @@ class RunDirectory:
 
         Raises:
             RunLocked: Another process holds it; ``holder`` says who, where and since when.
-            LockUnsupported: This file system cannot lock (never a silent soft lock).
+            LockUnsupported: This file system cannot lock (never a silent soft lock), or cannot make the lock's file.
             UnsafePath: Lock, journal or run directory may be somebody else's: a link, a file with a second
                 name, no file at all, or another user's in a directory where everybody may make files.
         """
-        durable.ensure_directory(self.lock_path.parent, mode=self.permissions.directory_mode)
-        self._refuse_what_was_planted()
-        durable.ensure_file(self.lock_path, mode=self.permissions.file_mode)
+        with self._refused_is_unsupported("make"):
+            durable.ensure_directory(self.lock_path.parent, mode=self.permissions.directory_mode)
+            self._refuse_what_was_planted()
+            durable.ensure_file(self.lock_path, mode=self.permissions.file_mode)
         lock = UnixFileLock(self.lock_path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -153,11 +172,23 @@ class RunDirectory:
         self._lock = lock
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
         try:
-            with _taken_is_unsafe(self.lock_path):
+            with self._refused_is_unsupported("write into"), _taken_is_unsafe(self.lock_path):
                 durable.overwrite(self.lock_path, json.dumps(note).encode())
         except BaseException:
             self.release()
             raise
+
+    @contextlib.contextmanager
+    def _refused_is_unsupported(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LockUnsupported(
+                f"cannot {doing} the run lock {self.lock_path}: {error}",
+                hint="see to what the file system says; until the lock is there, two managers could not be kept apart",
+                path=str(self.lock_path),
+                reason=str(error),
+            ) from error
 
     def release(self) -> None:
         """Free the run lock. The file stays: removing it would let two holders in."""

@@ -31,7 +31,7 @@ def locate(args: argparse.Namespace) -> RunDirectory:
     The run that RUN and ``--journal`` name. Nothing is opened or created.
 
     Raises:
-        InvalidArgument: RUN is a journal file and ``--journal`` names another one.
+        InvalidArgument: RUN is a journal file and ``--journal`` names another one, or its path is too long for SQLite.
     """
     from ckptmgr.rundir import RunDirectory
 
@@ -41,7 +41,9 @@ def locate(args: argparse.Namespace) -> RunDirectory:
             f"RUN {args.run!r} is a journal and --journal names one too",
             hint="give the run directory together with --journal",
         )
-    return RunDirectory(args.run, args.journal)
+    rundir = RunDirectory(args.run, args.journal)
+    rundir.check_journal_path()
+    return rundir
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def locked(rundir: RunDirectory, command: str) -> Iterator[None]:
 
     Raises:
         RunLocked: Another process holds it.
-        LockUnsupported: The file system cannot lock.
+        LockUnsupported: The file system cannot lock, or cannot make the lock's file.
     """
     rundir.acquire(command)
     try:

@@ -191,6 +191,20 @@ def test_without_a_journal_every_command_about_a_run_ends_with_10(
     assert [path.name for path in tmp_path.iterdir()] == ["alpha"]
 
 
+@pytest.mark.parametrize("words", COMMAND_LINES[:-1], ids=" ".join)
+def test_a_journal_too_deep_for_sqlite_ends_with_2_and_the_way_out(
+    ckptmgr: Call, tmp_path: Path, words: list[str]
+) -> None:
+    deep = tmp_path.joinpath(*["d" * 100] * 5, "alpha")
+    deep.mkdir(parents=True)
+    done = ckptmgr(words[0], deep, *words[1:])
+
+    assert done.code == Exit.USAGE
+    assert "SQLite can use no more than" in done.out + done.err
+    assert "--journal PATH" in done.out + done.err
+    assert not any(deep.parent.glob("*.journal*"))
+
+
 def test_the_journal_of_another_run_ends_with_10(run: Run, ckptmgr: Call, tmp_path: Path) -> None:
     run.save(500)
     other = Run(tmp_path / "runs" / "beta")

@@ -17,6 +17,7 @@ from torch import nn
 
 from ckptmgr import DCP, CheckpointManager, HuggingFace, PerRank, RandomState, Series, UnsafeResume
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
+from ckptmgr.rundir import MAX_JOURNAL_PATH_BYTES
 
 
 class Counter:
@@ -51,6 +52,33 @@ def _save(manager: CheckpointManager, step: int, state: dict[str, Any], **option
     pending = manager.save(step, state, **options)
     assert pending is not None
     pending.wait()
+
+
+def _deep(folder: Path, length: int) -> Path:
+    """A name below *folder* of so many bytes."""
+    while (left := length - len(str(folder)) - 1) > 200:
+        folder /= "d" * 100
+    return folder / ("d" * left)
+
+
+def test_a_run_goes_as_deep_as_sqlite_can_and_deeper_with_its_journal_elsewhere(
+    open_manager: Open, tmp_path: Path
+) -> None:
+    longest = _deep(tmp_path, MAX_JOURNAL_PATH_BYTES - len(".journal.db"))
+    for run, options in ((longest, {}), (_deep(tmp_path, 1500), {"journal": tmp_path / "elsewhere.journal.db"})):
+        with open_manager(run, **options) as manager:
+            _save(manager, 1, {"model": perceptron(1)})
+        model = perceptron(0)
+        with open_manager(run, **options) as manager:
+            resumed = manager.resume({"model": model})
+        assert resumed is not None
+        assert same(model.state_dict(), perceptron(1).state_dict())
+
+    too_deep = _deep(tmp_path / "new", len(str(longest)) + 1)
+    with pytest.raises(InvalidArgument, match=f"{MAX_JOURNAL_PATH_BYTES + 1} bytes") as raised:
+        open_manager(too_deep)
+    assert "journal=" in raised.value.hint
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_whole_trainer_comes_back_and_trains_on_bit_for_bit(open_manager: Open) -> None:

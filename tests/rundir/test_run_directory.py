@@ -13,11 +13,19 @@ from typing import Any
 
 import pytest
 
-from ckptmgr.errors import CorruptCheckpoint, ForeignJournal, InvalidArgument, JournalNotFound, RunLocked, UnsafePath
+from ckptmgr.errors import (
+    CorruptCheckpoint,
+    ForeignJournal,
+    InvalidArgument,
+    JournalNotFound,
+    LockUnsupported,
+    RunLocked,
+    UnsafePath,
+)
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format
 from ckptmgr.manifest import MANIFEST_NAME, Digest, FileEntry, Manifest
 from ckptmgr.recovery import Found, FoundKind
-from ckptmgr.rundir import LATEST_NAME, META_NAME, RUN_ID_NAME, RunDirectory
+from ckptmgr.rundir import LATEST_NAME, MAX_JOURNAL_PATH_BYTES, META_NAME, RUN_ID_NAME, RunDirectory
 
 RUN_ID = "5" * 32
 
@@ -97,6 +105,19 @@ def test_links_in_the_path_are_resolved_once(tmp_path: Path) -> None:
     assert found.journal_path == tmp_path / "real" / "alpha.journal.db"
 
 
+def test_a_journal_whose_path_is_too_long_is_refused_and_the_longest_is_not(tmp_path: Path) -> None:
+    def of_length(length: int) -> RunDirectory:
+        return RunDirectory(tmp_path / "run", f"{tmp_path}/{'j' * (length - len(os.fsencode(tmp_path)) - 1)}")
+
+    of_length(MAX_JOURNAL_PATH_BYTES).check_journal_path()
+    with pytest.raises(InvalidArgument, match=f"{MAX_JOURNAL_PATH_BYTES + 1} bytes.* no more than") as raised:
+        of_length(MAX_JOURNAL_PATH_BYTES + 1).check_journal_path()
+    assert "journal=" in raised.value.hint
+    with pytest.raises(InvalidArgument, match="bytes"):
+        # Bytes are what counts, not characters.
+        RunDirectory(tmp_path / "run", tmp_path / ("ü" * 120) / ("ü" * 120)).check_journal_path()
+
+
 def test_the_root_is_no_run_directory() -> None:
     with pytest.raises(InvalidArgument):
         RunDirectory("/")
@@ -164,6 +185,18 @@ def test_one_holder_at_a_time_and_it_is_named(run_dir: Path) -> None:
     assert "another" in first.holder()
     second.release()
     assert second.lock_path.exists(), "removing the file would let two holders in"
+
+
+@pytest.mark.parametrize("above", ["a file", "no place for files"])
+def test_a_lock_that_cannot_be_made_is_an_error_that_says_so(tmp_path: Path, above: str) -> None:
+    (tmp_path / "a file").touch()
+    place = {"a file": tmp_path / "a file", "no place for files": Path("/proc/nowhere")}[above]
+    rundir = RunDirectory(tmp_path / "run", place / "run.journal.db")
+
+    with pytest.raises(LockUnsupported, match=f"cannot make the run lock {place}/run.journal.lock: ") as raised:
+        rundir.acquire("trainer")
+    assert raised.value.path == str(rundir.lock_path)
+    assert raised.value.reason in raised.value.message
 
 
 @pytest.mark.parametrize(
