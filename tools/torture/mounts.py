@@ -7,6 +7,7 @@ so nothing of it is left when the server is gone, however it went.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -14,7 +15,9 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torture.report import NotTried
 
@@ -131,6 +134,31 @@ def tmpfs(place: Path, *options: str) -> None:
     place.mkdir(parents=True, exist_ok=True)
     if not os.path.ismount(place):
         _run("mount", "-n", "-t", "tmpfs", *(("-o", ",".join(options)) if options else ()), "tmpfs", str(place))
+
+
+@contextlib.contextmanager
+def bound(folder: Path, place: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
+    """
+    *folder* shown at *place* as well, by bindfs: what is written is seen at once, locks are known to this mount only.
+
+    bindfs is a process of this process group, so that it ends with it. It gets *environment* besides.
+    """
+    place.mkdir()
+    # Without direct_io each mount goes on reading its own old pages of a file that is open: no database survives that.
+    options = "direct_io,attr_timeout=0,entry_timeout=0,negative_timeout=0"
+    command = ["bindfs", "-f", "-o", options, str(folder), str(place)]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL) as daemon:
+        try:
+            deadline = time.monotonic() + 20
+            while not os.path.ismount(place):
+                assert daemon.poll() is None, f"bindfs ended with {daemon.returncode}"
+                assert time.monotonic() < deadline, f"nothing was mounted at {place}"
+                time.sleep(0.005)
+            yield place
+        finally:
+            with contextlib.suppress(OSError):
+                detach(place, at_once=True)
+            daemon.kill()
 
 
 def detach(place: Path, *, at_once: bool = False, within_s: float = 20) -> None:

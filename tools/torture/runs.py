@@ -8,6 +8,7 @@ after the fault save once more. What each rank was told stands beside the run, f
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -16,11 +17,12 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import crash_run
 import torch
@@ -46,8 +48,12 @@ BETWEEN_HOSTS = crash_run.PATIENCE.replace(write_s=3, gather_s=1)
 
 #: What `judge_disk` prints before it judges: what comes behind is no fault of the mount.
 MOUNTED = "mounted again"
+#: Who is told why there was no second manager.
+HEIR = "heir"
 #: Longest that a rank may wait for one that is gone or stopped: gather and collective_s below, and the work itself.
 HEARD_WITHIN_S = 12.0
+
+_PR_SET_PDEATHSIG = 1
 
 crash_run.PATIENCE = Timeouts(
     setup_s=20, write_s=5, gather_s=2, collective_s=6, close_s=10, close_on_error_s=5
@@ -108,7 +114,74 @@ def live(
                 os._exit(status)
         ranks.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-    _tell(run, "world", "ended", *statuses)
+    tell(run, "world", "ended", *statuses)
+
+
+class Members:
+    """
+    Processes that one child of the fork server has started, each in a group of its own, as different jobs are.
+
+    They end when the child does, stopped ones as well.
+    """
+
+    def __enter__(self) -> Self:
+        self._alive: set[int] = set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in list(self._alive):
+            os.killpg(pid, signal.SIGKILL)
+            self.end_of(pid)
+
+    def start(self, function: Callable[..., Any], *args: Any) -> int:
+        """Call *function* in a process; its id, which is its group's too."""
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.setpgid(0, 0)
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                function(*args)
+                status = 0
+            except BaseException:  # noqa: BLE001 - its status is all that matters
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(pid, pid)  # whoever comes first
+        self._alive.add(pid)
+        return pid
+
+    def stopped(self, pid: int, orders: Path) -> bool:
+        """Wait until the shim has struck and stopped *pid* and its writer; False if it ends before."""
+        while not (shim.struck(orders).times and all(state_of(one) == "T" for one in shim.pids(orders).values())):
+            if state_of(pid) in "Z":
+                return False
+            time.sleep(0.005)
+        return True
+
+    def go_on(self, pid: int) -> None:
+        """Let a stopped one and its writer go on."""
+        os.killpg(pid, signal.SIGCONT)
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL for this process alone; not for its writer."""
+        os.kill(pid, signal.SIGKILL)
+        assert self.end_of(pid) == -signal.SIGKILL
+
+    def end_of(self, pid: int) -> int:
+        """Wait for its end; its exit status."""
+        self._alive.discard(pid)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def state_of(pid: int) -> str:
+    """The letter that the kernel has for what a process does; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def limit_files(orders: Path, role: int, size: int) -> None:
@@ -148,24 +221,29 @@ def recover(run: Path, orders: Path, exchange: bool = True) -> None:
         pass
 
 
-def take_over(run: Path, series: str) -> None:
+def take_over(run: Path, series: str, step: int = 1, locks: bool = False) -> None:
     """
-    Start a second manager while the first is stopped, as where locks are local to a mount: the run lock holds nothing.
+    Start a second manager while the first is stopped, or after it has died, and save anew.
 
-    It saves step 1 anew, under a name that the first may be about to publish or to delete.
+    Args:
+        run: The run directory.
+        series: The format's word.
+        step: What is saved; with 1 under a name that the first may be about to publish or to delete.
+        locks: Whether the run lock is taken; without, all is as where locks are local to a mount.
     """
-    RunDirectory.acquire = lambda *_, **__: None  # type: ignore[method-assign]
-    save = Save(series, 1, gen=5, overwrite=True)
+    if not locks:
+        RunDirectory.acquire = lambda *_, **__: None  # type: ignore[method-assign]
+    save = Save(series, step, gen=5, overwrite=True)
     try:
         with crash_run.manager(run) as opened:
             crash_run.note(run, "begun", save)
-            pending = opened.save(1, crash_run.state(series, 1, 5), series, overwrite=True, metrics={"gen": 5})
+            pending = opened.save(step, crash_run.state(series, step, 5), series, overwrite=True, metrics={"gen": 5})
             assert pending is not None
             pending.wait()
             crash_run.note(run, "acknowledged", save)
     except CheckpointError as error:
         # The stopped one may hold SQLite's lock, or the directory may be half renamed: refusing is right.
-        _tell(run, "heir", type(error).__name__, str(error))
+        tell(run, HEIR, type(error).__name__, str(error))
 
 
 def create(run: Path, orders: Path) -> None:
@@ -226,7 +304,7 @@ def _rank(
     try:
         opened = crash_run.manager(run, keep=scenario.keep)
     except (OSError, CheckpointError) as error:
-        _tell(run, rank, "refused", type(error).__name__, str(error), time.monotonic() - began)
+        tell(run, rank, "refused", type(error).__name__, str(error), time.monotonic() - began)
         if trouble is None:
             return
         trouble.end(*trouble.args)
@@ -264,17 +342,17 @@ def _save(
         pending.wait()
     except SaveFailed as failed:
         where = [[failure.rank, failure.cause] for failure in failed.failures]
-        _tell(run, rank, "failed", save.step, where, time.monotonic() - began)
+        tell(run, rank, "failed", save.step, where, time.monotonic() - began)
         if rank == 0:
             crash_run.note(run, "failed", save)
             if calm and armed.is_over:
                 crash_run.assert_what_was_acknowledged_is_whole(run)
         return False
     except CheckpointError as error:
-        _tell(run, rank, "error", save.step, type(error).__name__, time.monotonic() - began)
+        tell(run, rank, "error", save.step, type(error).__name__, time.monotonic() - began)
         raise
     else:
-        _tell(run, rank, "acknowledged", save.step, save.gen, time.monotonic() - began)
+        tell(run, rank, "acknowledged", save.step, save.gen, time.monotonic() - began)
         if rank == 0:
             if armed.is_over:
                 crash_run.assert_is_whole(run, save)
@@ -295,7 +373,8 @@ def _state(save: Save, world: int) -> dict[str, Any]:
     return state
 
 
-def _tell(run: Path, rank: int | str, *words: Any) -> None:
+def tell(run: Path, rank: int | str, *words: Any) -> None:
+    """Write down what a rank, or somebody else, was told."""
     with run.with_name(f"told-{rank}").open("a") as stream:
         stream.write(json.dumps(words) + "\n")
 

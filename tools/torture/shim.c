@@ -317,20 +317,24 @@ int ftruncate64(int fd, off64_t size) { ON_DESCRIPTOR(TRUNCATE, fd, size, (int)s
 int fallocate(int fd, int mode, off_t from, off_t size) { ON_DESCRIPTOR(ALLOCATE, fd, from + size, (int)syscall(SYS_fallocate, fd, mode, from, size)); }
 int fallocate64(int fd, int mode, off64_t from, off64_t size) { ON_DESCRIPTOR(ALLOCATE, fd, from + size, (int)syscall(SYS_fallocate, fd, mode, from, size)); }
 
-/* Locks of either kind, counted only where they are to fail. */
+/* Locks of either kind, counted only where that is asked for. */
+#define LOCKING(fd, call) do { \
+    char where[PATH_MAX]; \
+    int result; \
+    if (!shared || !(shared->kinds & (1u << LOCK)) || !of_descriptor(fd, where) || !ours(where)) return (call); \
+    AROUND(LOCK, where, NULL, 0, 0, NULL, 0, result, call); \
+    return result; \
+} while (0)
+
 int flock(int fd, int operation) {
-    char where[PATH_MAX];
-    if (shared && shared->kinds & (1u << LOCK) && operation != LOCK_UN && of_descriptor(fd, where) && ours(where) &&
-        strike(LOCK, where) == FAIL) { errno = shared->error; return -1; }
-    return (int)syscall(SYS_flock, fd, operation);
+    if (operation & LOCK_UN) return (int)syscall(SYS_flock, fd, operation);
+    LOCKING(fd, (int)syscall(SYS_flock, fd, operation));
 }
 
 static int controlled(int fd, int command, long argument) {
-    char where[PATH_MAX];
-    if (shared && shared->kinds & (1u << LOCK) && (command == F_SETLK || command == F_SETLKW) &&
-        ((struct flock *)argument)->l_type != F_UNLCK && of_descriptor(fd, where) && ours(where) &&
-        strike(LOCK, where) == FAIL) { errno = shared->error; return -1; }
-    return (int)syscall(SYS_fcntl, fd, command, argument);
+    int locks = (command == F_SETLK || command == F_SETLKW) && ((struct flock *)argument)->l_type != F_UNLCK;
+    if (!locks) return (int)syscall(SYS_fcntl, fd, command, argument);
+    LOCKING(fd, (int)syscall(SYS_fcntl, fd, command, argument));
 }
 int fcntl(int fd, int command, ...) { va_list more; va_start(more, command); long argument = va_arg(more, long); va_end(more); return controlled(fd, command, argument); }
 int fcntl64(int fd, int command, ...) { va_list more; va_start(more, command); long argument = va_arg(more, long); va_end(more); return controlled(fd, command, argument); }

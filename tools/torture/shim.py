@@ -52,7 +52,7 @@ class Kind(enum.IntEnum):
     LOCK = 12
 
 
-#: Everything that reaches the disk. Closes and locks only count where they are to fail.
+#: Everything that reaches the disk. Closes and locks only count where that is asked for.
 CHANGES = tuple(kind for kind in Kind if kind not in (Kind.CLOSE, Kind.LOCK))
 #: What a full disk or a spent quota refuses.
 TAKES_SPACE = (Kind.CREATE, Kind.WRITE, Kind.ALLOCATE, Kind.FSYNC, Kind.MKDIR, Kind.SYMLINK, Kind.RENAME)
@@ -243,7 +243,7 @@ class Call:
 
     *path* and *other* are absolute. WRITE: *data* at *offset*. TRUNCATE, ALLOCATE: the size is *offset*.
     RENAME: from *path* to *other*, *flags* of renameat2. SYMLINK: *other* is the link's text. CREATE: *flags*
-    is 1 where a file was emptied that had existed.
+    is 1 where a file was emptied that had existed. *number*: among all that were counted, the refused ones too.
     """
 
     kind: Kind
@@ -254,6 +254,7 @@ class Call:
     data: bytes
     role: int
     phase: Phase
+    number: int
 
 
 _RECORD = struct.Struct("<IIiiiIIIqQ")
@@ -264,11 +265,12 @@ def calls(trace: Path) -> Iterator[Call]:
     whole = trace.read_bytes()
     at = 0
     while at < len(whole):
-        length, kind, role, phase, flags, path, other, _, offset, _ = _RECORD.unpack_from(whole, at)
+        length, kind, role, phase, flags, path, other, _, offset, number = _RECORD.unpack_from(whole, at)
         at += _RECORD.size
         text = whole[at : at + path].decode(errors="surrogateescape")
         second = whole[at + path : at + path + other].decode(errors="surrogateescape")
-        yield Call(Kind(kind), text, second, flags, offset, whole[at + path + other : at + length], role, Phase(phase))
+        data = whole[at + path + other : at + length]
+        yield Call(Kind(kind), text, second, flags, offset, data, role, Phase(phase), number)
         at += length
 
 
@@ -309,7 +311,14 @@ class Armed:
 
     @property
     def is_over(self) -> bool:
-        """Whether what came before can be expected to be whole: no disk that still refuses everything, no heir."""
+        """
+        Whether what came before can be looked at, and be expected to be whole.
+
+        Not while a disk still refuses everything, not beside an heir, and not where the look itself takes locks that
+        are counted.
+        """
+        if self._shared.kinds & 1 << Kind.LOCK:
+            return False
         return not (self.has_struck and (self._shared.sticky or self._shared.action == Action.STOP))
 
     def order(self, orders: Orders) -> None:
