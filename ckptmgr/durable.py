@@ -26,6 +26,8 @@ from ckptmgr import reach
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+#: How often a directory is emptied that somebody else fills: whoever syncs what he makes is much slower.
+_MOST_TRIES = 100
 #: The file system or the kernel does not know renameat2 or the flag asked for.
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -294,19 +296,33 @@ def remove_tree(path: Path) -> None:
     """
     Remove a directory and all in it, never through a link; a missing one is fine. Durable on return.
 
-    However deep it is: no path is formed and nothing calls itself.
+    However deep it is: no path is formed and nothing calls itself. Who still makes files in it, such as a writer that
+    has outlived its trainer, is outrun: it syncs each of them, and finds no directory for the next one.
 
     Raises:
-        OSError: It is a link or a file, or something in it cannot be removed or was moved away meanwhile.
+        OSError: It is a link or a file, or something in it cannot be removed or was moved away meanwhile, or it is
+            filled again and again.
     """
     with reach.parent(path) as (folder, name):
         if path.is_symlink():
             raise OSError(errno.ELOOP, "refusing to remove through a symbolic link", str(path))
         with contextlib.suppress(FileNotFoundError):
-            here = _open_directory(folder, name)
-            _empty(here)
-            os.rmdir(name, dir_fd=folder)
+            tries = 1
+            while not _is_removed(folder, name, once_more=tries < _MOST_TRIES):
+                tries += 1
     sync_directory(path.parent)
+
+
+def _is_removed(folder: int, name: str, *, once_more: bool) -> bool:
+    """Remove a directory with all in it; False if somebody has made something in it meanwhile, or else OSError."""
+    try:
+        _empty(_open_directory(folder, name))
+        os.rmdir(name, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not once_more:
+            raise
+        return False
+    return True
 
 
 def _empty(here: int) -> None:

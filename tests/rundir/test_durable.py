@@ -250,6 +250,43 @@ def test_a_tree_is_removed_but_nothing_that_its_links_point_to(tmp_path: Path) -
     assert (tmp_path / "precious" / "x").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["", "below"])
+def test_a_tree_is_removed_while_somebody_still_writes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    rmdir = os.rmdir
+    names = iter("abc")
+
+    def late(name: str, *, dir_fd: int) -> None:
+        if name == Path("tree", place).name:
+            for one in names:  # a writer that has outlived its trainer, at the worst moment
+                (tree / place / one).touch()
+                break
+        rmdir(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    durable.remove_tree(tree)
+
+    assert not tree.exists()
+    assert next(names, None) is None
+
+
+def test_a_tree_that_is_filled_again_and_again_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    rmdir = os.rmdir
+
+    def late(name: str, *, dir_fd: int) -> None:
+        (tree / "one more").touch()
+        rmdir(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    with pytest.raises(OSError, match="not empty"):
+        durable.remove_tree(tree)
+
+
 def test_only_directories_and_files_are_synced_and_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "f").touch()
