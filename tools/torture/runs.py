@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import enum
 import functools
 import json
 import os
@@ -54,6 +55,7 @@ HEIR = "heir"
 HEARD_WITHIN_S = 12.0
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 crash_run.PATIENCE = Timeouts(
     setup_s=20, write_s=5, gather_s=2, collective_s=6, close_s=10, close_on_error_s=5
@@ -125,6 +127,9 @@ class Members:
     """
 
     def __enter__(self) -> Self:
+        # A stopped process whose parent has died belongs to the child then. Where it belonged to init, its group would
+        # have nobody to wake it, so the kernel would hang up and wake it at once.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._alive: set[int] = set()
         return self
 
@@ -165,10 +170,11 @@ class Members:
         """Let a stopped one and its writer go on."""
         os.killpg(pid, signal.SIGCONT)
 
-    def kill(self, pid: int) -> None:
-        """SIGKILL for this process alone; not for its writer."""
-        os.kill(pid, signal.SIGKILL)
-        assert self.end_of(pid) == -signal.SIGKILL
+    def paused(self, pid: int) -> bool:
+        """Wait until *pid* has stopped itself; False if it ends before."""
+        while (state := state_of(pid)) not in "TZ":
+            time.sleep(0.005)
+        return state == "T"
 
     def end_of(self, pid: int) -> int:
         """Wait for its end; its exit status."""
@@ -221,7 +227,14 @@ def recover(run: Path, orders: Path, exchange: bool = True) -> None:
         pass
 
 
-def take_over(run: Path, series: str, step: int = 1, locks: bool = False) -> None:
+class Pause(enum.Enum):
+    """Where `take_over` stops itself, in words."""
+
+    REMOVING = "before a directory that was emptied is removed"
+    PUBLISHING = "before what is new gets its name"
+
+
+def take_over(run: Path, series: str, step: int = 1, locks: bool = False, pause: Pause | None = None) -> None:
     """
     Start a second manager while the first is stopped, or after it has died, and save anew.
 
@@ -230,7 +243,10 @@ def take_over(run: Path, series: str, step: int = 1, locks: bool = False) -> Non
         series: The format's word.
         step: What is saved; with 1 under a name that the first may be about to publish or to delete.
         locks: Whether the run lock is taken; without, all is as where locks are local to a mount.
+        pause: Where this process stops, once, until somebody lets it go on.
     """
+    if pause is not None:
+        _stop_before(*((os, "rmdir") if pause is Pause.REMOVING else (RunDirectory, "publish")))
     if not locks:
         RunDirectory.acquire = lambda *_, **__: None  # type: ignore[method-assign]
     save = Save(series, step, gen=5, overwrite=True)
@@ -244,6 +260,18 @@ def take_over(run: Path, series: str, step: int = 1, locks: bool = False) -> Non
     except CheckpointError as error:
         # The stopped one may hold SQLite's lock, or the directory may be half renamed: refusing is right.
         tell(run, HEIR, type(error).__name__, str(error))
+
+
+def _stop_before(owner: Any, name: str) -> None:
+    real = getattr(owner, name)
+
+    @functools.wraps(real)
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, real)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, stopping)
 
 
 def create(run: Path, orders: Path) -> None:

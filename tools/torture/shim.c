@@ -23,6 +23,7 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -395,3 +396,14 @@ int symlinkat(const char *target, int folder, const char *path) {
     return result;
 }
 int symlink(const char *target, const char *path) { return symlinkat(target, AT_FDCWD, path); }
+
+/* --- not on files --- */
+
+/* A death signal that never comes, as where a change of user has cleared it. */
+int prctl(int option, ...) {
+    va_list more; va_start(more, option);
+    unsigned long a = va_arg(more, unsigned long), b = va_arg(more, unsigned long), c = va_arg(more, unsigned long), d = va_arg(more, unsigned long);
+    va_end(more);
+    if (option == PR_SET_PDEATHSIG && getenv("CKPTMGR_SHIM_OUTLIVES")) return 0;
+    return (int)syscall(SYS_prctl, option, a, b, c, d);
+}
