@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "tools"), *(str(ROOT / "tests" / name) for name in ("
 
 import kept  # noqa: E402
 
-from torture import faults, fulldisks, hosts, hunt, locks, orphans, powerloss, realdisks, shim  # noqa: E402
+from torture import faults, fulldisks, hosts, hunt, locks, memory, orphans, powerloss, realdisks, shim  # noqa: E402
 from torture.report import NotTried, Report, Result, table  # noqa: E402
 
 
@@ -184,7 +184,7 @@ def _again(ground: faults.Ground, name: str) -> int:
 def _sweeps() -> list[Technique]:
     return [
         sweep
-        for module in (faults, powerloss, realdisks, fulldisks, hosts, locks, orphans)
+        for module in (faults, powerloss, realdisks, fulldisks, hosts, locks, orphans, memory)
         for sweep in module.sweeps()
     ]
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,7 @@ class Sweep:
 
     def _survivors_heard(self, orders: Orders, struck: shim.Struck, ended: Ended, run: Path) -> None:
         """Who lives hears of it in time, all alike, and can save again."""
-        kills = orders.action in (Action.KILL, Action.TORN) and struck.times
-        dead = {struck.role if orders.target == shim.CALLER else orders.target} if kills else set()
+        kills = orders.action in (Action.KILL, Action.TORN, Action.EAT) and struck.times
         if orders.target == shim.EVERYONE and kills:
             assert ended.status == KILLED, f"status {ended.status}\n{ended.output}"
             return
@@ -226,6 +225,7 @@ class Sweep:
             assert ended.status == 0, ended.output
             ((_, *each),) = runs.told(run, "world")
             statuses = dict(enumerate(each))
+        dead = self._dead(orders, struck, statuses) if kills else set()
         lost = {role // 2 for role in dead if role % 2 == 0}
         hit = {role // 2 for role in dead}
         for rank, status in statuses.items():
@@ -257,6 +257,11 @@ class Sweep:
             assert heard & {"failed", "refused"} or not heard, f"a save went on after {struck}"
         alive = [_without_times(runs.told(run, rank)) for rank in statuses if rank not in lost]
         assert lost or all(one == alive[0] for one in alive), f"the ranks were told different things: {alive}"
+
+    def _dead(self, orders: Orders, struck: shim.Struck, statuses: Mapping[int, int]) -> set[int]:
+        """The roles of those who have been killed, where it was not everyone."""
+        del statuses
+        return {struck.role if orders.target == shim.CALLER else orders.target}
 
 
 class RecoverySweep(Sweep):

@@ -3,8 +3,8 @@
  *
  * Preloaded into every process of a run. The calls below that change something under the root are
  * counted in memory that all processes share; at an ordered number the caller, another process or all
- * of them die or stop, or the call fails, writes less, or lies, or the file system loses its power. All calls
- * can be traced, with the bytes.
+ * of them die or stop, or the call fails, writes less, or lies, or the file system loses its power, or the caller
+ * takes more memory than there is. All calls can be traced, with the bytes.
  * Not seen: raw system calls, io_uring, stores into mapped files; ckptmgr and SQLite (mmap_size=0) use none.
  */
 #define _GNU_SOURCE
@@ -31,9 +31,10 @@
 
 #define ROLES 32
 #define LONGEST 512
+#define MUCH (256ul << 20)
 
 enum kind { CREATE, WRITE, TRUNCATE, ALLOCATE, FSYNC, RENAME, UNLINK, RMDIR, MKDIR, SYMLINK, LINK, CLOSE, LOCK };
-enum action { NOTHING, KILL, STOP, FAIL, SHORT, TORN, LIE, CUT, WATCH };
+enum action { NOTHING, KILL, STOP, FAIL, SHORT, TORN, LIE, CUT, WATCH, EAT };
 enum lies { NONE, ALL, DATA };
 enum target { CALLER = -1, EVERYONE = -2 };
 
@@ -57,6 +58,7 @@ struct shared {
     char struck_path[LONGEST];
     char root[LONGEST];
     char trace[LONGEST];
+    char group[LONGEST];
 };
 
 struct record {
@@ -149,6 +151,22 @@ static void cut(void) {
     if (fd < 0 || ioctl(fd, _IOR('X', 125, uint32_t), &no_log_flush) != 0) { perror("cannot cut the power"); abort(); }
 }
 
+/*
+ * Takes memory until the kernel kills somebody for it; more than any of our limits, less than what a machine has.
+ * Where that is asked for in a control group that holds nobody else, so that the kernel has no choice.
+ */
+static void eat(void) {
+    if (shared->group[0]) {
+        int fd = (int)syscall(SYS_openat, AT_FDCWD, shared->group, O_WRONLY | O_CLOEXEC, 0);
+        if (fd < 0 || syscall(SYS_write, fd, "0", 1) != 1) { perror("cannot enter the control group"); abort(); }
+        syscall(SYS_close, fd);
+    }
+    char *much = mmap(NULL, MUCH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (much == MAP_FAILED) { perror("cannot take memory"); abort(); }
+    for (size_t n = 0; n < MUCH; n += 4096) ((volatile char *)much)[n] = 1;
+    munmap(much, MUCH);
+}
+
 static int lies_about(enum kind kind, const char *path) {
     if (kind != FSYNC || shared->lies == NONE) return 0;
     return shared->lies == ALL || !strstr(path, ".journal.db");
@@ -180,6 +198,7 @@ static enum action strike(enum kind kind, const char *path) {
     if (shared->action == CUT) { cut(); hit(SIGKILL); return NOTHING; }
     if (shared->action == KILL || (shared->action == TORN && kind != WRITE)) { hit(SIGKILL); return NOTHING; }
     if (shared->action == STOP) { hit(SIGSTOP); return NOTHING; }
+    if (shared->action == EAT) { eat(); return NOTHING; }
     return shared->action;
 }
 

@@ -75,6 +75,8 @@ class Action(enum.IntEnum):
     CUT = 7
     #: Nothing; the first call that the kernel itself refuses (no space, no quota, an I/O error) is what struck.
     WATCH = 8
+    #: The caller takes so much memory that, under one of our limits, the kernel kills it.
+    EAT = 9
 
 
 class Lies(enum.IntEnum):
@@ -117,6 +119,7 @@ class Orders:
         kinds: Which calls are counted.
         target: Who is killed or stopped: `CALLER`, `EVERYONE`, `trainer(rank)` or `writer(rank)`.
         trace: Where all calls are written down; empty for nowhere.
+        group: `Action.EAT`: the file by which the caller enters a control group before it takes memory; empty for none.
     """
 
     at: int = 0
@@ -127,6 +130,7 @@ class Orders:
     kinds: tuple[Kind, ...] = CHANGES
     target: int = CALLER
     trace: str = ""
+    group: str = ""
 
     def __str__(self) -> str:
         what = self.action.name
@@ -155,6 +159,7 @@ class _Shared(ctypes.Structure):
         ("struck_path", ctypes.c_char * _LONGEST),
         ("root", ctypes.c_char * _LONGEST),
         ("trace", ctypes.c_char * _LONGEST),
+        ("group", ctypes.c_char * _LONGEST),
     )
 
 
@@ -211,6 +216,7 @@ def give(path: Path, run: Path, orders: Orders) -> None:
         target=orders.target,
         root=os.fsencode(run),
         trace=os.fsencode(orders.trace),
+        group=os.fsencode(orders.group),
     )
     if orders.trace:
         Path(orders.trace).write_bytes(b"")
