@@ -82,19 +82,42 @@ class RandomState:
         """
         try:
             version, internal, gauss = state["python"]
+            if type(gauss) not in (float, type(None)):
+                raise ValueError("the state of Python's generator is none")
+            _check_numpy(state["numpy"])
             random.setstate((version, tuple(internal), gauss))
-            name, key, position, *_ = state["numpy"]
-            # NumPy takes any position, and reads there.
-            if name == "MT19937" and not (numpy.shape(key) == (624,) and 0 <= position <= 624):
-                raise ValueError("the state of NumPy's generator is none")
             numpy.random.set_state(state["numpy"])
             torch.set_rng_state(state["torch"])
             if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
                 torch.cuda.set_rng_state_all(state["cuda"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise CorruptCheckpoint(
                 f"the state of the random number generators is none: {error}", directory="", mismatches=(str(error),)
             ) from error
+
+
+def _check_numpy(state: Any) -> None:
+    """
+    Refuse a state with a position outside of what it is one in: NumPy takes any, and reads there.
+
+    It has two forms, of which the tuple is MT19937's alone, and a mapping may be of any generator.
+    """
+    if type(state) is tuple:
+        name, key, position, *_ = state
+        least, most = 0, 624
+    elif type(state) is dict:
+        name, inner = state["bit_generator"], state["state"]
+        key, position, least, most = None, 0, 0, 0
+        if name == "MT19937":
+            key, position, most = inner["key"], inner["pos"], 624
+        elif name == "Philox":
+            position, most = state["buffer_pos"], 4
+    else:
+        raise TypeError("the state of NumPy's generator is none")
+    if type(name) is not str or type(position) is not int or not least <= position <= most:
+        raise ValueError("the state of NumPy's generator is none")
+    if name == "MT19937" and numpy.shape(key) != (624,):
+        raise ValueError("the state of NumPy's generator is none")
 
 
 def split(state: State) -> tuple[dict[str, Any], dict[str, PerRank]]:

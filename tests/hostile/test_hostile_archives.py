@@ -257,6 +257,12 @@ def spoiled(**changes: Any) -> dict[str, Any]:
 name, key, *rest = numpy.random.get_state()
 
 
+def of_mapping(*, name: str = "MT19937", pos: Any = None, **more: Any) -> dict[str, Any]:
+    """The state of NumPy's generator in its other form."""
+    made = {"bit_generator": name, "state": {"key": key, "pos": pos}, "has_gauss": 0, "gauss": 0.0}
+    return {**made, **more}
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -265,6 +271,14 @@ name, key, *rest = numpy.random.get_state()
         spoiled(numpy=(name, key[:10], *rest)),
         spoiled(numpy=("PCG64", {}, 0, 0, 0.0)),
         spoiled(numpy=None),
+        spoiled(numpy=of_mapping(pos=1 << 20)),
+        spoiled(numpy=of_mapping(pos=-1)),
+        spoiled(numpy={**of_mapping(), "a": 1, "b": 2}),
+        spoiled(numpy=of_mapping(name="Philox", buffer_pos=1 << 20)),
+        spoiled(numpy=(name, [1 << 70] * 624, *rest)),
+        spoiled(numpy=(name, key, rest[0], 1 << 70, 0.0)),
+        spoiled(python=(3, (1 << 70,) * 625, None)),
+        spoiled(python=(3, RandomState().state_dict()["python"][1], "x")),
         spoiled(python=(3, (1, 2, 3), None)),
         spoiled(python=(3, (*range(624), 10**9), None)),
         spoiled(python="x"),
@@ -282,3 +296,22 @@ def test_the_state_of_a_generator_that_points_elsewhere_is_refused(state):
         numpy.random.rand(10)
     finally:
         RandomState().load_state_dict(kept)
+
+
+@pytest.mark.parametrize("kind", [numpy.random.MT19937, numpy.random.PCG64, numpy.random.Philox, numpy.random.SFC64])
+def test_the_state_of_whatever_generator_numpy_uses_is_given_back(kind):
+    kept = numpy.random.get_bit_generator()
+    try:
+        numpy.random.set_bit_generator(kind(3))
+        numpy.random.rand(5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its legacy form
+            state = RandomState().state_dict()
+        expected = numpy.random.rand(7)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        RandomState().load_state_dict(archives.load(archives.Source(buffer.getvalue()), "it"))
+
+        assert numpy.array_equal(numpy.random.rand(7), expected)
+    finally:
+        numpy.random.set_bit_generator(kept)
