@@ -39,6 +39,11 @@ _MAX_DIRECTORY_BYTES = 64 << 20
 _SMALL_BYTES = 64 << 20
 #: Parts of a mapping's key, which may be a tuple of tuples: hashing one that refers to itself often takes for ever.
 _MAX_KEY_PARTS = 1000
+#: Keys of one mapping with one and the same hash, each of which is compared with all others.
+_MAX_CROWD = 1000
+#: Parts that one may come by who walks through a value: so many in any case, and so many for each byte of its archive.
+_MAX_PARTS = 10_000_000
+_MAX_PARTS_PER_BYTE = 10
 #: Elements of a tensor that shows each of its stored ones more than once.
 _MAX_REPEATED = 1 << 20
 _DTYPE = re.compile(r"[biufcSUVMm][0-9]{1,9}")
@@ -172,6 +177,11 @@ class StrictUnpickler(pickle._Unpickler):
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="utf-8")
+        #: id of a mapping → how many of its keys have which hash.
+        self._crowds: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+
     def find_class(self, module: str, name: str) -> Any:
         key = f"{_MODULES.get(module, module)} {name}"
         if key not in self.names:
@@ -187,14 +197,14 @@ class StrictUnpickler(pickle._Unpickler):
         arguments = self.stack.pop()
         call = self.calls.get(id(self.stack[-1]))
         if call is None or type(arguments) is not tuple:
-            raise pickle.UnpicklingError(f"a call of {str(self.stack[-1])[:80]}")
+            raise pickle.UnpicklingError(f"a call of {brief(self.stack[-1])}")
         self.stack[-1] = call(*arguments)
 
     def load_newobj(self) -> None:
         arguments = self.stack.pop()
         kind = self.stack.pop()
         if not any(kind is known for known in self.classes) or type(arguments) is not tuple or arguments:
-            raise pickle.UnpicklingError(f"an object of {str(kind)[:80]}")
+            raise pickle.UnpicklingError(f"an object of {brief(kind)}")
         self.append(kind.__new__(kind))
 
     def load_build(self) -> None:
@@ -226,6 +236,11 @@ class StrictUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("pairs for what is no mapping")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.check_key(key)
+            if not is_simple_key(key):
+                crowd = self._crowds[id(self.stack[-1])]
+                crowd[hash(key)] += 1
+                if crowd[hash(key)] > _MAX_CROWD:
+                    raise pickle.UnpicklingError("too many keys with one hash")
             self.stack[-1][key] = value
 
     def check_key(self, key: Any) -> None:
@@ -265,6 +280,50 @@ def _check_key(key: Any) -> None:
             raise pickle.UnpicklingError(f"a {type(part).__name__} as a key")
 
 
+def brief(value: Any) -> str:
+    """What to call a value from a pickle in a message: a container may be small and take for ever to spell out."""
+    return str(value)[:80] if isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
+
+
+def is_simple_key(key: Any) -> bool:
+    """Text, whose hash depends on a secret of the process, and whole numbers of a usual size, whose hashes differ."""
+    return type(key) is str or (type(key) is int and hash(key) == key)
+
+
+def most_parts(length: int) -> int:
+    """How many parts a value may have that is read from an archive of *length* bytes."""
+    return max(_MAX_PARTS, _MAX_PARTS_PER_BYTE * length)
+
+
+def check_parts(value: Any, most: int) -> None:
+    """
+    Refuse containers that hold the same ones again and again: small, and for ever to copy, compare or spell out.
+
+    Raises:
+        ValueError: Who walks through *value* comes by more than *most* parts.
+    """
+    parts: dict[int, int] = {}
+    waiting = [(value, False)]
+    while waiting:
+        part, is_done = waiting.pop()
+        below = (
+            [*part.keys(), *part.values(), *getattr(part, "__dict__", {}).values()] if isinstance(part, dict) else part
+        )
+        inner = [one for one in below if isinstance(one, _CONTAINERS)] if isinstance(part, _CONTAINERS) else []
+        if is_done:
+            # One that is not known yet holds itself: a copy ends there.
+            parts[id(part)] = len(below) + sum(parts[id(one)] for one in inner)
+            if parts[id(part)] > most:
+                raise ValueError(f"it holds the same containers so often that they have more than {most} parts")
+        elif isinstance(part, _CONTAINERS) and id(part) not in parts:
+            parts[id(part)] = 0
+            waiting.append((part, True))
+            waiting += [(one, False) for one in inner]
+
+
+_CONTAINERS = (tuple, list, dict, set)
+
+
 class _Storage:
     """Memory that tensors are views of."""
 
@@ -277,7 +336,7 @@ class _Values(StrictUnpickler):
     """Reads ``data.pkl``, and the tensors that it refers to from the rest of the archive."""
 
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(io.BytesIO(archive.bytes("data.pkl")), encoding="utf-8")
+        super().__init__(io.BytesIO(archive.bytes("data.pkl")))
         self._archive = archive
         self._storages: dict[str, _Storage] = {}
 
@@ -288,7 +347,7 @@ class _Values(StrictUnpickler):
         dtype = _STORAGES.get(id(kind))
         size = self._archive.size(f"data/{key}") if type(key) is str else None
         if dtype is None or type(count) is not int or size is None or count * dtype.itemsize != size:
-            raise pickle.UnpicklingError(f"a storage of {str(count)[:80]} elements that is not there")
+            raise pickle.UnpicklingError(f"a storage of {brief(count)} elements that is not there")
         if key not in self._storages:
             data = torch.empty(size, dtype=torch.uint8)
             if size:
@@ -335,7 +394,9 @@ def load(source: Source, what: str) -> Any:
             archive.size("byteorder") is not None and archive.bytes("byteorder").decode() != sys.byteorder
         ):
             raise ValueError("it is of a machine with another order of bytes")
-        return _Values(archive).load()
+        value = _Values(archive).load()
+        check_parts(value, most_parts(source.length))
+        return value
     except Exception as error:
         reason = f"{error}" if str(error) and not isinstance(error, KeyError) else f"{type(error).__name__} {error}"
         raise CorruptCheckpoint(
@@ -458,6 +519,8 @@ def _set(items: Any) -> set[Any]:
         _refuse("a set made of something else")
     for item in items:
         _check_key(item)
+    if max(collections.Counter(map(hash, items)).values(), default=0) > _MAX_CROWD:
+        _refuse("too many items with one hash")
     return set(items)
 
 

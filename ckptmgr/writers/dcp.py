@@ -42,7 +42,7 @@ from ckptmgr.lifecycle import Format
 from ckptmgr.writers import archives
 from ckptmgr.writers import state as states
 from ckptmgr.writers.arena import Copy, Layout, aligned, available_bytes
-from ckptmgr.writers.index import INDEX_NAME, read_index
+from ckptmgr.writers.index import INDEX_NAME, MAX_PATH_PARTS, read_index
 from ckptmgr.writers.jobs import FileJob, Segment, SharedFile
 
 log = logging.getLogger("ckptmgr")
@@ -531,7 +531,7 @@ def _paths(entries: Any) -> frozenset[_Path]:
     if not isinstance(entries, list):
         raise TypeError("no list of paths")
     for path in entries:
-        plain = isinstance(path, list) and path and isinstance(path[0], str)
+        plain = isinstance(path, list) and 0 < len(path) <= MAX_PATH_PARTS and isinstance(path[0], str)
         if not plain or not all(isinstance(part, str) or (type(part) is int and part >= 0) for part in path):
             raise TypeError("a path is none")
     return frozenset(map(tuple, entries))

@@ -38,6 +38,8 @@ from ckptmgr.writers import archives
 INDEX_NAME = ".metadata"
 #: Five million pieces.
 MAX_INDEX_BYTES = 1 << 30
+#: Names and numbers on the way to a value; Python itself walks no deeper into nested state than that.
+MAX_PATH_PARTS = 1000
 #: What an archive may have besides the bytes of its tensor.
 _MAX_OVERHEAD_BYTES = 1 << 16
 _CLASSES = (
@@ -91,7 +93,7 @@ def check(metadata: Any, files: Mapping[str, int]) -> None:
             raise ValueError("it places what is no entry")
         name = place.relative_path
         if type(name) is not str or name not in files:
-            raise ValueError(f"it names the file {str(name)[:80]!r}, which is none of the checkpoint's")
+            raise ValueError(f"it names the file {archives.brief(name)!r}, which is none of the checkpoint's")
         for number in (place.offset, place.length):
             _check_number(number)
         used[name] += place.length
@@ -114,7 +116,7 @@ def _check_paths(metadata: Metadata, entries: Mapping[str, Any]) -> None:
     if type(paths) is not dict or not paths.keys() <= entries.keys():
         raise ValueError("it has paths of what is no entry")
     for path in paths.values():
-        if type(path) is not tuple or not path or type(path[0]) is not str:
+        if type(path) is not tuple or not 0 < len(path) <= MAX_PATH_PARTS or type(path[0]) is not str:
             raise ValueError("a path is none")
         for part in path:
             if type(part) is not str:
@@ -147,7 +149,7 @@ def _check_tensor(fqn: str, about: TensorStorageMetadata, places: Mapping[Any, A
 
 def _check_number(number: Any) -> None:
     if type(number) is not int or not 0 <= number < 1 << 63:
-        raise ValueError(f"a number is {str(number)[:80]!r}")
+        raise ValueError(f"a number is {archives.brief(number)!r}")
 
 
 class _Index(archives.StrictUnpickler):
@@ -156,6 +158,9 @@ class _Index(archives.StrictUnpickler):
     classes = _CLASSES
 
     def build(self, made: Any, state: Any) -> None:
+        if type(made) in _FIELDS and vars(made):
+            # Or a key that was found good would be changed after it has become one.
+            raise pickle.UnpicklingError(f"a second state for a {type(made).__name__}")
         if type(made) is TensorProperties:
             if type(state) is not tuple or [type(part) for part in state] != list(_PROPERTIES):
                 raise pickle.UnpicklingError("properties that no tensor has")

@@ -28,6 +28,8 @@ State = Mapping[str, Any]
 _LONG_BITS = 2000
 #: Characters of a text whose bytes are remembered, as those of numbers are; a longer one is as quickly dumped anew.
 _SHORT = 200
+#: A state of Python's generator has 625 numbers, and there may be one for each of many GPUs.
+_MAX_RANDOM_PARTS = 10_000
 _PLAIN = (bool, float, complex, str, bytes, type(None), torch.Size, torch.dtype)
 
 
@@ -81,11 +83,9 @@ class RandomState:
             CorruptCheckpoint: That is no state of theirs.
         """
         try:
-            version, internal, gauss = state["python"]
-            if type(gauss) not in (float, type(None)):
-                raise ValueError("the state of Python's generator is none")
+            archives.check_parts(state, _MAX_RANDOM_PARTS)
+            random.setstate(_python_state(state["python"]))
             _check_numpy(state["numpy"])
-            random.setstate((version, tuple(internal), gauss))
             numpy.random.set_state(state["numpy"])
             torch.set_rng_state(state["torch"])
             if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
@@ -94,6 +94,14 @@ class RandomState:
             raise CorruptCheckpoint(
                 f"the state of the random number generators is none: {error}", directory="", mismatches=(str(error),)
             ) from error
+
+
+def _python_state(state: Any) -> tuple[Any, ...]:
+    """Older versions' states, which Python takes too, have remainders taken of them: of text, that is a format."""
+    version, internal, gauss = state
+    if type(version) is not int or version != random.getstate()[0] or type(gauss) not in (float, type(None)):
+        raise ValueError("the state of Python's generator is none")
+    return version, tuple(internal), gauss
 
 
 def _check_numpy(state: Any) -> None:
@@ -161,6 +169,7 @@ def dump(value: Any, what: str) -> bytes:
         return _dump_scalar(type(value).__name__, repr(value), value)
     try:
         data = _serialise(value)
+        archives.check_parts(value, archives.most_parts(len(data)))
         if not _is_plain(value):
             load(data, what)
     except Exception as error:
@@ -202,5 +211,5 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(_is_plain(item) for item in value)
     if type(value) in (dict, OrderedDict):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+        return all(archives.is_simple_key(key) and _is_plain(item) for key, item in value.items())
     return False

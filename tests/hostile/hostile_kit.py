@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 import resource
 import signal
 import sys
@@ -51,7 +52,7 @@ def refuse(expected: type[CheckpointError], call: Callable[..., Any], *args: Any
         answer = call(*args, **options)
     except expected as error:
         return error
-    raise AssertionError(f"nothing was refused: {answer!r}"[:500])
+    raise AssertionError(f"nothing was refused: {reprlib.repr(answer)}")
 
 
 @contextlib.contextmanager

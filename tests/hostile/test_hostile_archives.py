@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -69,6 +70,11 @@ def overlapping() -> bytes:
     return out.getvalue()
 
 
+def alike() -> list[bytes]:
+    """Numbers that all have the hash 0, so that each is compared with all before it."""
+    return [b.number(n * sys.hash_info.modulus) for n in range(1, 200_000)]
+
+
 HOSTILE: dict[str, Callable[[], bytes]] = {
     # Calls
     "system": lambda: b.archive(b.call(b.name("posix", "system"), b.text("touch /tmp/owned"))),
@@ -95,10 +101,26 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "compressed by lzma": lambda: b.archive(b.NONE, {"data/0": bytes(1 << 20)}, zipfile.ZIP_LZMA),
     "members on top of each other": overlapping,
     # Time
+    "a call of what takes for ever to spell out": lambda: b.archive(b.call(b.bomb(40))),
+    "an object of what takes for ever to spell out": lambda: b.archive(b.bomb(40) + b.EMPTY_TUPLE + b"\x81"),
+    "a storage of a number that takes for ever to spell out": lambda: b.archive(
+        b.tuple_of(b.text("storage"), b.name("torch", "FloatStorage"), b.text("0"), b.text("cpu"), b.bomb(40)) + b"Q"
+    ),
     "a key that takes for ever": lambda: b.archive(b.EMPTY_DICT + b.bomb(31) + b.NONE + b"s"),
     "keys that take for ever": lambda: b.archive(b.EMPTY_DICT + b"(" + b.bomb(31) + b.NONE + b"u"),
     "an item that takes for ever": lambda: b.archive(b.call(b.name("__builtin__", "set"), b.list_of(b.bomb(31)))),
     "a dtype that takes for ever": lambda: b.archive(b.call(b.name("numpy", "dtype"), b.bomb(31))),
+    "keys of one hash": lambda: b.archive(b.EMPTY_DICT + b"(" + b"".join(n + b.NONE for n in alike()) + b"u"),
+    "keys of one hash, one by one": lambda: b.archive(b.EMPTY_DICT + b"".join(n + b.NONE + b"s" for n in alike())),
+    "items of one hash": lambda: b.archive(b.call(b.name("__builtin__", "set"), b.list_of(*alike()))),
+    "tuples in tuples": lambda: b.archive(b.bomb(40)),
+    "lists in lists": lambda: b.archive(b.EMPTY_LIST + b"q\x00" + b"](h\x00h\x00eq\x00" * 40),
+    "mappings in mappings": lambda: b.archive(
+        b.EMPTY_DICT + b"q\x00" + (b"}(" + b.text("a") + b"h\x00" + b.text("b") + b"h\x00uq\x00") * 40
+    ),
+    "tuples in tuples as an attribute": lambda: b.archive(
+        b.call(b.name("collections", "OrderedDict")) + b.EMPTY_DICT + b.text("x") + b.bomb(40) + b"s" + b.BUILD
+    ),
     "a wide key": lambda: b.archive(b.EMPTY_DICT + b.tuple_of(*[b.NONE] * 5000) + b.NONE + b"s"),
     # Memory that is somebody else's
     "more elements than bytes": lambda: b.archive(b.tensor(b.storage(count=1 << 20), sizes=(1 << 20,))),
@@ -237,17 +259,41 @@ def test_what_torch_writes_is_read_as_torch_reads_it():
     assert back["tied"][3][0, 0] == 7
 
 
+def test_containers_that_are_shared_or_hold_themselves_are_read():
+    names = [str(n) for n in range(100)]
+    value: dict[str, Any] = {"shared": [names] * 1000, "keys": {(n, n / 2): n for n in range(5000)}}
+    value["itself"] = value
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+
+    back = archives.load(archives.Source(buffer.getvalue()), "it")
+
+    assert back["itself"] is back
+    assert (back["shared"], back["keys"]) == (value["shared"], value["keys"])
+
+
 @pytest.mark.parametrize(
     "value",
-    [torch.ones(2, 2).to_sparse(), torch.ones(1 << 21).expand(2, -1), numpy.zeros(1, [("a", "i4")])],
-    ids=["sparse", "repeated", "structured"],
-)
+    [
+        torch.ones(2, 2).to_sparse(), torch.ones(1 << 21).expand(2, -1), numpy.zeros(1, [("a", "i4")]),
+        [[0] * 10_000] * 2000, {(n * sys.hash_info.modulus, 0): None for n in range(1100)}, {(0,) * 1001: 0},
+    ],
+    ids=["sparse", "repeated", "structured", "shared", "keys of one hash", "a wide key"],
+)  # fmt: skip
 def test_what_would_not_be_read_back_is_refused_when_it_is_saved(value):
     from ckptmgr.errors import InvalidArgument
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         refuse(InvalidArgument, states.dump, {"v": value}, "what")
+
+
+def deep(levels: int) -> Any:
+    """What takes for ever to spell out, to hash or to make an array of."""
+    made: Any = ()
+    for _ in range(levels):
+        made = (made, made)
+    return made
 
 
 def spoiled(**changes: Any) -> dict[str, Any]:
@@ -279,6 +325,12 @@ def of_mapping(*, name: str = "MT19937", pos: Any = None, **more: Any) -> dict[s
         spoiled(numpy=(name, key, rest[0], 1 << 70, 0.0)),
         spoiled(python=(3, (1 << 70,) * 625, None)),
         spoiled(python=(3, RandomState().state_dict()["python"][1], "x")),
+        spoiled(python=(2, ("%900000000d",) * 625, None)),
+        spoiled(python=(deep(40), (1,), None)),
+        spoiled(numpy=(name, deep(40), *rest)),
+        spoiled(numpy=(deep(40), key, *rest)),
+        spoiled(numpy={"bit_generator": "PCG64", "state": deep(40), "has_uint32": 0, "uinteger": 0}),
+        spoiled(torch=deep(40)),
         spoiled(python=(3, (1, 2, 3), None)),
         spoiled(python=(3, (*range(624), 10**9), None)),
         spoiled(python="x"),
@@ -292,7 +344,8 @@ def test_the_state_of_a_generator_that_points_elsewhere_is_refused(state):
     """NumPy would read at any position that it is given."""
     kept = RandomState().state_dict()
     try:
-        refuse(CorruptCheckpoint, RandomState().load_state_dict, state)
+        with bounded():
+            refuse(CorruptCheckpoint, RandomState().load_state_dict, state)
         numpy.random.rand(10)
     finally:
         RandomState().load_state_dict(kept)

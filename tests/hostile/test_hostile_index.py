@@ -154,7 +154,39 @@ def entry(key: bytes) -> bytes:
 
 
 INDEX = b.name("torch.distributed.checkpoint.metadata", "MetadataIndex") + b.EMPTY_TUPLE + b"\x81"
+
+
+def part_of(holder: str, module: str = "torch.distributed.checkpoint.metadata", **fields: bytes) -> bytes:
+    """An object of PyTorch's metadata, with any fields."""
+    return b.name(module, holder) + b.EMPTY_TUPLE + b"\x81" + with_fields(**fields)
+
+
+def with_fields(**fields: bytes) -> bytes:
+    """A state for what is on the stack."""
+    return b.EMPTY_DICT + b"".join(b.text(name) + value + b"s" for name, value in fields.items()) + b.BUILD
+
+
+def placed(about: bytes = b"", planner_data: bytes = b.NONE, **changes: bytes) -> bytes:
+    """An index with one entry that stands in one place, and what else there is about them."""
+    usual = {"relative_path": b.text("__0_0.distcp"), "offset": b.number(0), "length": b.number(1)}
+    place = part_of("_StorageInfo", "torch.distributed.checkpoint.filesystem", **{**usual, **changes})
+    key = b.name("torch.distributed.checkpoint.metadata", "MetadataIndex") + b.EMPTY_TUPLE + b"\x81q\x05"
+    key += with_fields(fqn=b.text("a"), offset=b.NONE)
+    about = about or part_of("BytesStorageMetadata")
+    return part_of(
+        "Metadata", storage_data=b.EMPTY_DICT + key + place + b"s",
+        state_dict_metadata=b.EMPTY_DICT + b.text("a") + about + b"s", planner_data=planner_data,
+    )  # fmt: skip
+
+
 PICKLES: dict[str, bytes] = {
+    "a key that takes for ever later": placed(about=b"h\x05" + with_fields(fqn=b.bomb(40))),
+    "an offset of a key that takes for ever later": placed(about=b"h\x05" + with_fields(offset=b.bomb(40))),
+    "a path that is long": placed(
+        planner_data=b.EMPTY_DICT + b.text("a") + b.text("x") + b"q\x06" + b.tuple_of(*[b"h\x06"] * 1001) + b"s"
+    ),
+    "a file that takes for ever to spell out": placed(relative_path=b.bomb(40)),
+    "a place that takes for ever to spell out": placed(offset=b.bomb(40)),
     "a memo of a size": b.NONE + b"r" + struct.pack("<I", 1 << 27),
     "a key that takes for ever": entry(b.bomb(31)),
     "an index that takes for ever": entry(INDEX + b"}" + b.text("fqn") + b.bomb(31) + b"s" + b.BUILD),
@@ -196,6 +228,13 @@ def test_a_hostile_pickle_for_an_index_is_refused_and_costs_next_to_nothing(step
         refuse(CorruptCheckpoint, load, step)
 
 
+def test_an_index_put_together_by_hand_is_read(step):
+    """Or what is refused above would be refused for another reason."""
+    (step / ".metadata").write_bytes(b.PROTO + placed() + b.STOP)
+
+    assert list(index.read_index(step, files(step)).state_dict_metadata) == ["a"]
+
+
 def test_an_index_that_claims_to_be_large_is_not_read(step):
     sparse(step / ".metadata", 1 << 40, (step / ".metadata").read_bytes()[:100])
     with bounded():
@@ -229,7 +268,7 @@ MAPPINGS = [
     '{"integer_keys": [], "empty": [["scheduler", "x", 1099511627776]]}',
     '{"integer_keys": [], "empty": [["scheduler", "last_epoch", "x"]]}',
     '{"integer_keys": [], "empty": [["plain", "two", "x"]]}',
-    json.dumps({"integer_keys": [], "empty": [["scheduler", *["x"] * 50_000]]}), "[" * 100_000, "1" * 10_000, "\ud800",
+    json.dumps({"integer_keys": [], "empty": [["scheduler", *["x"] * 200_000]]}), "[" * 100_000, "1" * 10_000, "\ud800",
 ]  # fmt: skip
 
 
