@@ -8,7 +8,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture mutants soak lint docs check clean
+.PHONY: help demo test torture mutants soak fuzz lint docs check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -27,6 +27,9 @@ mutants: $(VENV)/installed ## deliberate defects of the product, each of which m
 
 soak: $(VENV)/installed ## thousands of saves with random faults, and whether anything grows (at most 30 min; SOAK='--ranks 4 --saves 1500')
 	$(BIN)/python tools/soak $(SOAK)
+
+fuzz: $(VENV)/installed-fuzz ## every parser of bytes from disk, fed by coverage (about 20 min; FUZZ='--seconds 300 --only index')
+	$(BIN)/python tools/fuzz $(FUZZ)
 
 lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/ruff check .
@@ -52,6 +55,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-tools: $(VENV)/installed
 	$(PIP) -qq --editable '.[test,lint,docs]'
+	@touch $@
+
+# Apart from all else: atheris has no wheel for every Python.
+$(VENV)/installed-fuzz: $(VENV)/installed
+	$(PIP) -qq --editable '.[test,fuzz]'
 	@touch $@
 
 $(BIN)/python:
