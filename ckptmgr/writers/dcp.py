@@ -111,7 +111,12 @@ class DCPWriter:
         shared, per_rank = states.split(state)
         planner = DefaultSavePlanner()
         state_dicts = states.take(shared)
-        planner.set_up_planner(state_dicts, is_coordinator=rank == 0)
+        try:
+            planner.set_up_planner(state_dicts, is_coordinator=rank == 0)
+        except RecursionError as error:
+            raise _too_deep() from error
+        if max(map(len, planner.mappings.values()), default=0) > MAX_PATH_PARTS:
+            raise _too_deep()
         plan = planner.create_local_plan()
         digest = hashlib.blake2b(digest_size=16)
         for item in plan.items:
@@ -277,6 +282,12 @@ def _warn_of_values_that_differ(digests: Sequence[Mapping[MetadataIndex, bytes]]
             "%s differs by rank, and only the lowest rank's is stored; wrap what each rank must get back in PerRank",
             ", ".join(sorted(differing)[:5]),
         )
+
+
+def _too_deep() -> InvalidArgument:
+    return InvalidArgument(
+        f"state has a value below more than {MAX_PATH_PARTS} names", hint="have state_dict() return it less nested"
+    )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:

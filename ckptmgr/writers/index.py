@@ -38,8 +38,8 @@ from ckptmgr.writers import archives
 INDEX_NAME = ".metadata"
 #: Five million pieces.
 MAX_INDEX_BYTES = 1 << 30
-#: Names and numbers on the way to a value; Python itself walks no deeper into nested state than that.
-MAX_PATH_PARTS = 1000
+#: Names and numbers on the way to a value. Whoever walks through nested state calls himself for each.
+MAX_PATH_PARTS = 500
 #: What an archive may have besides the bytes of its tensor.
 _MAX_OVERHEAD_BYTES = 1 << 16
 _CLASSES = (

@@ -223,6 +223,24 @@ def test_another_shape_is_a_mismatch(rank, tmp_path):
         read(tmp_path, {"a": torch.zeros(3, 3)})
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"x": value}
+    return value
+
+
+def test_state_is_nested_as_deep_as_it_can_be_read_back(rank, tmp_path):
+    rank.save({"deep": nested(499)}, tmp_path)
+    for levels in (500, 5000):
+        with pytest.raises(InvalidArgument, match="less nested"):
+            rank.save({"deep": nested(levels)}, tmp_path)
+
+    state = {"deep": nested(499)}
+    read(tmp_path, state)
+    assert state["deep"] == nested(499)
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
