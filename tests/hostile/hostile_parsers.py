@@ -252,6 +252,8 @@ def _per_rank(ground: Ground, data: bytes) -> None:
     kept = generators.state_dict()
     try:
         _load(ground, loader=PerRank(None), random=PerRank(generators))
+        state = numpy.random.get_state()
+        assert isinstance(state, dict) or 0 <= state[2] <= 624, "NumPy's generator reads elsewhere"
         # What was given to them must be of use.
         for use in (random.random, numpy.random.rand, lambda: torch.rand(3)):
             use()
@@ -290,7 +292,24 @@ MEMBERS = {"data/0": bytes(16), "data/1": bytes(range(64)), "data/2": b""}
 
 def _pickle(ground: Ground, data: bytes) -> None:
     del ground
-    archives.load(archives.Source(b.archive(data, MEMBERS)), "it")
+    found = archives.load(archives.Source(b.archive(data, MEMBERS)), "it")
+    for tensor in _tensors(found):
+        # PyTorch makes a storage longer that is too short for a tensor, by memory that was somebody else's.
+        assert tensor.untyped_storage().nbytes() in map(len, MEMBERS.values()), tensor.shape
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    waiting, known = [value], set()
+    while waiting:
+        if id(part := waiting.pop()) in known:
+            continue
+        known.add(id(part))
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, tuple | list | set):
+            waiting += part
 
 
 def _pickle_seeds(ground: Ground) -> list[bytes]:
