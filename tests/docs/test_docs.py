@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
-PROSE = [*PAGES, "README.md", "CONTRIBUTING.md"]
+PROSE = [*PAGES, "README.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 
 def read(page: str) -> str:
