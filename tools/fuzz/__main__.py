@@ -14,6 +14,7 @@ Exit status 1 if anything was found.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -40,7 +41,8 @@ def main() -> int:
     args = parser.parse_args()
     into = args.into.resolve()
     into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fuzz-run-") as folder:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-run-", dir=memory) as folder:
         pristine = Path(folder, "runs", "alpha").resolve()
         _worker("--train", pristine).check_returncode()
         if args.again:
