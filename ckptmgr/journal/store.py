@@ -80,16 +80,17 @@ class Journal(Questions):
             JournalError: It is a link, no journal, or cannot be written.
         """
         path = database.plain_path(path)
-        if _revision(path, "rw", whole=True) != schema.REVISION:
+        if _revision(path, "rw", every_page=True) != schema.REVISION:
             upgrade.upgrade(path, create=True, file_mode=file_mode)
         return cls._opened(database.Database(path, read_only=False))
 
     @classmethod
-    def open_read_only(cls, path: Path) -> Journal:
+    def open_read_only(cls, path: Path, *, whole: bool = False) -> Journal:
         """
         Open the journal for reading. Never creates, migrates, rolls back or writes anything.
 
-        What decides is looked through for damage (0.1 s for 10,000 checkpoints); the rest is when it is read.
+        What decides is looked through for damage (0.1 s for 10,000 checkpoints); the rest is when it is read,
+        unless the *whole* of it is to be looked through now.
 
         Raises:
             JournalNotFound: There is no journal, or nobody has finished creating it.
@@ -100,7 +101,7 @@ class Journal(Questions):
         path = database.plain_path(path)
         if not path.exists():
             raise JournalNotFound(f"there is no journal at {path}", path=str(path))
-        found = _revision(path, "ro")
+        found = _revision(path, "ro", every_page=whole, every_row=whole)
         if found is None:
             raise JournalNotFound(f"{path} is empty: no manager has finished creating it", path=str(path))
         if found != schema.REVISION:
@@ -617,21 +618,22 @@ class Journal(Questions):
             )
 
 
-def _revision(path: Path, mode: database.Mode, *, whole: bool = False) -> str | None:
+def _revision(path: Path, mode: database.Mode, *, every_page: bool = False, every_row: bool = False) -> str | None:
     """
     The schema revision of the journal *path*, which has been looked through; None if there is none yet.
 
-    *whole*: every page of it, not only what decides.
+    Pages and rows of what decides, or *every_page* and *every_row*. A newer schema is not looked into.
     """
     if not path.exists():
         return None
     with database.translated(path), contextlib.closing(database.connect(path, mode)) as connection:
         connection.execute("BEGIN")
         found = database.revision(connection, path)
-        if found is not None:
-            database.require_sound(connection, path, whole=whole)
+        if found is not None and found <= schema.REVISION:
+            database.require_sound(connection, path, whole=every_page)
             if database.is_sealed(found):
-                database.require_intact(connection, path, seal.DECISIVE)
+                tables = seal.all_tables(connection) if every_row else seal.DECISIVE
+                database.require_intact(connection, path, tables)
     return found
 
 

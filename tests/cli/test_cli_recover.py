@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from run_on_disk import Call, Run, S
 
+from ckptmgr.errors import JournalCorrupt
 from ckptmgr.journal import Journal, seal
 from ckptmgr.lifecycle import Format, RetirementMark
 
@@ -236,6 +238,23 @@ def test_a_page_that_only_show_would_read_counts_as_damage(run: Run, ckptmgr: Ca
     assert ckptmgr("show", run.directory, 500).code == 5
     assert ckptmgr("recover", run.directory, "--rebuild", "--apply").code == 0
     assert ckptmgr("show", run.directory, 500).code == 0
+
+
+def test_what_only_a_manager_finds_in_a_journal_is_damage_that_can_be_rebuilt(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.journal.close()
+    with contextlib.closing(sqlite3.connect(run.journal_path)) as connection:
+        where = "SELECT rootpage FROM sqlite_master WHERE name = 'transition_by_checkpoint'"
+        (root,) = connection.execute(where).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with run.journal_path.open("r+b") as file:
+        file.seek(root * size - 8)
+        file.write(b"\x07" * 8)
+
+    with pytest.raises(JournalCorrupt, match="--rebuild"):
+        Journal.open(run.journal_path)
+    assert ckptmgr("recover", run.directory, "--rebuild", "--apply").code == 0
+    Journal.open(run.journal_path).close()
 
 
 def test_a_journal_that_can_be_read_is_not_rebuilt(run: Run, ckptmgr: Call) -> None:

@@ -130,17 +130,33 @@ def test_a_changed_schema_is_found(full, change):
         everything(full)
 
 
+def lose_row_of_index(path: Path, name: str, where: str) -> None:
+    with without_rules(path) as raw:
+        raw.execute("PRAGMA writable_schema=ON")
+        (index,) = raw.execute("SELECT sql FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+        raw.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (f"{index} WHERE {where}", name))
+    with without_rules(path) as raw:
+        raw.execute(f"REINDEX {name}")
+        raw.execute("PRAGMA writable_schema=ON")
+        raw.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (index, name))
+
+
 def test_an_index_that_has_lost_a_row_is_found_by_readers_too(full):
-    with without_rules(full) as raw:
-        raw.execute("PRAGMA writable_schema=ON")
-        (index,) = raw.execute("SELECT sql FROM sqlite_master WHERE name = 'checkpoint_by_step'").fetchone()
-        raw.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'checkpoint_by_step'", (index + " WHERE step > 1",))
-    with without_rules(full) as raw:
-        raw.execute("REINDEX checkpoint_by_step")
-        raw.execute("PRAGMA writable_schema=ON")
-        raw.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'checkpoint_by_step'", (index,))
+    lose_row_of_index(full, "checkpoint_by_step", "step > 1")
     with pytest.raises(JournalCorrupt, match="checkpoint_by_step"):
         Journal.open_read_only(full)
+
+
+def test_what_does_not_decide_is_looked_through_only_if_the_whole_is_asked_for(full, tmp_path):
+    Journal.open_read_only(full, whole=True).close()
+    index = shutil.copyfile(full, tmp_path / "index.journal.db")
+    lose_row_of_index(index, "verification_by_checkpoint", "checkpoint_id > 1")
+    with without_rules(full) as raw:
+        raw.execute("UPDATE verification SET ok = 0")
+    for path in (full, index):
+        Journal.open_read_only(path).close()
+        with pytest.raises(JournalCorrupt, match="verification"):
+            Journal.open_read_only(path, whole=True)
 
 
 def test_damage_is_not_laundered_by_the_next_change(full):

@@ -212,6 +212,17 @@ def test_a_newer_schema_is_refused_with_a_hint(older, found):
     assert not upgrade.backup_path(older).exists()
 
 
+def test_what_a_newer_schema_has_under_other_names_is_no_damage(older):
+    with contextlib.closing(sqlite3.connect(older)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0009'")
+        connection.execute("ALTER TABLE pin RENAME TO tag")
+        seal.renew(connection)
+        connection.commit()
+    for opening in (Journal.open, Journal.open_read_only):
+        with pytest.raises(JournalSchemaMismatch):
+            opening(older)
+
+
 def test_an_upgrade_that_raises_changes_nothing(older, next_version):
     before, tables = contents(older), objects(older)
     next_version(ADD_COLUMN + "\nop.execute('UPDATE epoch SET host = NULL')")
