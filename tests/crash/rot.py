@@ -17,7 +17,9 @@ import logging
 import os
 import signal
 import sqlite3
+import struct
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ from typing import Any
 import crash_run
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ckptmgr.cli import main
-from ckptmgr.errors import CheckpointError, JournalCorrupt, SaveFailed, UnsafeResume
+from ckptmgr.errors import CheckpointError, JournalCorrupt, JournalError, SaveFailed, UnsafeResume
 from ckptmgr.journal import Journal, schema
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.manifest import MANIFEST_NAME, Digest
@@ -36,13 +39,29 @@ from ckptmgr.options import Timeouts, WriterOptions
 from ckptmgr.retention import KeepLast
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series
-from ckptmgr.writers import dcp
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.huggingface import HuggingFace
 from ckptmgr.writers.state import PerRank
 
 STEPS = (1, 2, 3)
 NAMES = {"checkpoint": "step", "hf": "hf"}
+#: The rows of the table of torture.
+ROWS = (
+    *(f"bit rot: {kind}" for kind in ("shard data", "headers", ".metadata", "index", "manifest", "sidecars")),
+    "truncation",
+    "trailing bytes",
+    "zeroed block",
+    "file missing or replaced",
+    "manifest made to match",
+    "files exchanged",
+)
+JOURNAL_ROWS = (
+    "bit rot: journal",
+    "journal cut short",
+    "journal with a zeroed page",
+    "journal with a stale rollback journal",
+    "journal edited by hand",
+)
 #: What became of a damage to the journal.
 FOUND, HARMLESS = "found", "harmless"
 _PATIENCE = Timeouts(setup_s=30, write_s=20, gather_s=5, collective_s=20, close_s=20, close_on_error_s=5)
@@ -55,16 +74,34 @@ def make(run: Path, world: int) -> None:
     """Save everything there is to rot, on *world* ranks."""
     run.parent.mkdir(parents=True, exist_ok=True)
     _assets(run)
-    on_ranks(run, world, _save)
+    on_ranks(run, world, _save, STEPS[:-1])
+    _keep_a_rollback_journal(run)
+    on_ranks(run, world, _save, STEPS[-1:])
+    with Journal.open(RunDirectory(run).journal_path) as journal:
+        journal.pin("hf", STEPS[0], note="published")
 
 
-def _save(run: Path, rank: int, world: int) -> None:
+def _save(run: Path, rank: int, world: int, steps: tuple[int, ...]) -> None:
     with _manager(run) as manager:
-        for step in STEPS:
+        manager.resume(_state(0, rank, world), series="checkpoint")
+        for step in steps:
             for series, state in (("checkpoint", _state(step, rank, world)), ("hf", {"model": _module(step, world)})):
                 pending = manager.save(step, state, series, metrics={"loss": 1.0 / step})
                 assert pending is not None
                 pending.wait()
+
+
+def _keep_a_rollback_journal(run: Path) -> None:
+    """What a transaction that was cut short at this moment would have left, for `JournalDamage` to put back later."""
+    path = RunDirectory(run).journal_path
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for setting in ("journal_mode=PERSIST", "cache_size=1", "synchronous=FULL"):
+            connection.execute(f"PRAGMA {setting}").close()
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE epoch SET command = ?", ("x" * 100_000,))
+        connection.execute("UPDATE checkpoint SET reason = ?", ("x" * 100_000,))
+        run.with_name("stale").write_bytes(Path(f"{path}-journal").read_bytes())
+        connection.execute("ROLLBACK")
 
 
 def _manager(run: Path) -> CheckpointManager:
@@ -139,6 +176,7 @@ def on_ranks(run: Path, world: int, function: Callable[..., None], *args: Any) -
                 os._exit(status)
         ranks.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    meeting.unlink()  # the next world must not find this one's addresses
     assert statuses == [0] * world, f"the ranks ended with {statuses}"
 
 
@@ -228,6 +266,11 @@ def files(run: Path, series: str) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def _bit_of(at: int) -> int:
+    """Which bit of a byte is turned over: all of them have their turn."""
+    return (at * 5 + at // 8) % 8
+
+
 def kind_of(name: str) -> str:
     """The row of the table that a file belongs to, headers aside."""
     if name == MANIFEST_NAME:
@@ -246,14 +289,15 @@ def header_bytes(run: Path, series: str, name: str) -> set[int]:
     if series == "hf":
         (length,) = (int.from_bytes((folder / name).read_bytes()[:8], "little"),)
         return set(range(8 + length))
-    metadata = dcp._Reader(folder).read_metadata()
     header = set(range(size))
-    for index, place in metadata.storage_data.items():
-        about = metadata.state_dict_metadata[index.fqn]
+    for index, place in FileSystemReader(folder).read_metadata().storage_data.items():
         if place.relative_path == name and index.offset is not None:
-            (chunk,) = (chunk for chunk in about.chunks if chunk.offsets == index.offset)
-            start = place.offset + dcp._archive(about.properties.dtype, tuple(chunk.sizes)).data_offset
-            header -= set(range(start, start + chunk.sizes.numel() * about.properties.dtype.itemsize))
+            data = (folder / name).read_bytes()[place.offset : place.offset + place.length]
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+            lengths = data[entry.header_offset + 26 : entry.header_offset + 30]
+            start = place.offset + entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+            header -= set(range(start, start + entry.file_size))
     return header
 
 
@@ -266,7 +310,7 @@ def damages(run: Path, series: str) -> Iterator[tuple[str, Damage]]:
             # Each step is hit, most often the newest; now and then all of them.
             steps = STEPS if at % 11 == 5 else (STEPS[-1 - at % 7 // 5],)
             row = "headers" if at in header else kind
-            yield f"bit rot: {row}", Damage("flip", series, name, at, (at * 5 + at // 8) % 8, steps=steps)
+            yield f"bit rot: {row}", Damage("flip", series, name, at, _bit_of(at), steps=steps)
         for left in sorted({0, 1, 7, 8, size // 2, size - 1} - {size}):
             yield "truncation", Damage("truncate", series, name, left)
         yield "trailing bytes", Damage("extend", series, name)
@@ -342,6 +386,8 @@ def _resume(run: Path, rank: int, world: int, hit: tuple[int, ...], names: list[
                 untouched = _values(state)
                 safe = [step for step in STEPS if step not in hit]
                 resumed, error = _tried(manager.resume, state, series="checkpoint", allow_older=allow_older)
+                if isinstance(error, JournalError):
+                    raise error
                 if error is not None:
                     assert isinstance(error, UnsafeResume), error
                     assert STEPS[-1] in hit
@@ -400,7 +446,7 @@ class JournalDamage:
     One way in which the journal rots.
 
     Args:
-        how: ``flip``, ``truncate``, ``zero`` or ``edit``.
+        how: ``flip``, ``truncate``, ``zero``, ``edit``, or ``stale``: an old rollback journal is put back.
         at: The byte, the size that is left, or the first byte of a page.
         bit: Which one of the byte.
         length: How many bytes.
@@ -425,31 +471,39 @@ class JournalDamage:
                 with path.open("r+b") as stream:
                     stream.seek(self.at)
                     stream.write(bytes(self.length))
+            case "stale":
+                Path(f"{path}-journal").write_bytes(run.with_name("stale").read_bytes())
             case "edit":
                 with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
                     connection.execute("PRAGMA synchronous=OFF")
                     connection.execute("PRAGMA ignore_check_constraints=ON")
+                    triggers = connection.execute(
+                        "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+                    ).fetchall()
+                    for name, _ in triggers:
+                        connection.execute(f"DROP TRIGGER {name}")
                     connection.execute(self.statement)
+                    for _, text in triggers:
+                        connection.execute(text)
 
 
 def journal_damages(run: Path) -> Iterator[tuple[str, JournalDamage]]:
-    """Every damage to the journal, every bit included, with the row it belongs to."""
+    """Every damage to the journal, one bit of every byte included, with the row it belongs to."""
     size = RunDirectory(run).journal_path.stat().st_size
     for at in range(size):
-        for bit in range(8):
-            yield "bit rot: journal", JournalDamage("flip", at, bit)
+        yield "bit rot: journal", JournalDamage("flip", at, _bit_of(at))
+    yield "journal with a stale rollback journal", JournalDamage("stale")
     for page in range(0, size, 4096):
         yield "journal cut short", JournalDamage("truncate", page)
         yield "journal cut short", JournalDamage("truncate", page + 1000)
         yield "journal with a zeroed page", JournalDamage("zero", page, length=4096)
         yield "journal with a zeroed page", JournalDamage("zero", page + 512, length=512)
     for table in schema.metadata.sorted_tables:
-        if table.name not in ("transition", "seal"):
-            for column in table.columns:
-                text = f"typeof({column.name}) = 'text'"
-                new = f"CASE WHEN {text} THEN {column.name} || '1' ELSE coalesce({column.name}, 0) + 1000 END"
-                edit = f"UPDATE OR IGNORE {table.name} SET {column.name} = {new}"
-                yield "journal edited by hand", JournalDamage("edit", statement=edit)
+        for column in table.columns:
+            text = f"typeof({column.name}) = 'text'"
+            new = f"CASE WHEN {text} THEN {column.name} || '1' ELSE coalesce({column.name}, 0) + 1000 END"
+            edit = f"UPDATE OR IGNORE {table.name} SET {column.name} = {new}"
+            yield "journal edited by hand", JournalDamage("edit", statement=edit)
 
 
 def judge_journal(run: Path, damage: JournalDamage, before: dict[str, Any]) -> str:
@@ -468,19 +522,21 @@ def judge_journal(run: Path, damage: JournalDamage, before: dict[str, Any]) -> s
     after, refused = answers(run)
     if refused is not None:
         assert refused.status in (3, 5, 10, 12), refused
-        _manager_is_not_deceived(run)
-        if refused.kind == "JournalCorrupt":
-            assert refused.status == 5
-            assert "--rebuild" in refused.hint
-            assert str(RunDirectory(run).journal_path) in refused.text
-            _rebuild(run)
-        return FOUND
-    assert after == before, "\n".join(
-        f"{question}: {before.get(question)} became {after.get(question)}"
-        for question in before | after
-        if before.get(question) != after.get(question)
-    )
-    return HARMLESS if _manager_is_not_deceived(run) else FOUND
+    else:
+        assert after == before, "\n".join(
+            f"{question}: {before.get(question)} became {after.get(question)}"
+            for question in before | after
+            if before.get(question) != after.get(question)
+        )
+    error = _refused_by_a_manager(run)
+    corrupt = [(refused.text, refused.hint)] if refused is not None and refused.kind == "JournalCorrupt" else []
+    corrupt += [(str(error), error.hint)] if isinstance(error, JournalCorrupt) else []
+    for text, hint in corrupt:
+        assert str(RunDirectory(run).journal_path) in text
+        assert "--rebuild" in hint
+    if corrupt:
+        _rebuild(run)
+    return HARMLESS if refused is error is None else FOUND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -511,10 +567,13 @@ def answers(run: Path) -> tuple[dict[str, Any], Refused | None]:
     return found, None
 
 
-def _manager_is_not_deceived(run: Path) -> bool:
-    """Whether a manager resumes what was committed; else it refuses. It does not read what it does not need."""
-    _, error = _tried(on_ranks, run, 1, _resume, (), [])
-    return error is None
+def _refused_by_a_manager(run: Path) -> CheckpointError | None:
+    """
+    None if a manager resumes what was committed, else the error with which it refuses.
+
+    It looks at every page, which commands do not, and not at every row, as commands do that are asked for it.
+    """
+    return _tried(on_ranks, run, 1, _resume, (), [])[1]
 
 
 def _rebuild(run: Path) -> None:
@@ -551,7 +610,8 @@ def damage_while_open(run: Path) -> None:
     with _manager(run) as manager:
         path = RunDirectory(run).journal_path
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            connection.execute("UPDATE checkpoint SET commit_seq = commit_seq + 100 WHERE series = 'dcp' AND step = 1")
+            newer = "UPDATE checkpoint SET commit_seq = commit_seq + 100 WHERE series = 'checkpoint' AND step = 1"
+            assert connection.execute(newer).rowcount == 1
         state = _state(0, 0, 1)
         _, error = _tried(manager.resume, state, series="checkpoint")
         assert isinstance(error, JournalCorrupt), "a damaged journal was believed"

@@ -30,7 +30,19 @@ sys.path[:0] = [str(ROOT / "tools"), *(str(ROOT / "tests" / name) for name in ("
 
 import kept  # noqa: E402
 
-from torture import faults, fulldisks, hosts, hunt, locks, memory, orphans, powerloss, realdisks, shim  # noqa: E402
+from torture import (  # noqa: E402
+    bitrot,
+    faults,
+    fulldisks,
+    hosts,
+    hunt,
+    locks,
+    memory,
+    orphans,
+    powerloss,
+    realdisks,
+    shim,
+)
 from torture.report import NotTried, Report, Result, table  # noqa: E402
 
 
@@ -82,7 +94,7 @@ def main() -> int:
             possible = _torture(ground, report, options)
         finally:
             ground.close()
-    print(table(report.results.values(), faults.TRANSITIONS, possible))
+    print(table(report.results.values(), (*faults.TRANSITIONS, *bitrot.OUTCOMES), possible))
     for name, reason in report.not_tried.items():
         print(f"not tried: {name}: {reason}")
     for result in report.violations:
@@ -184,7 +196,7 @@ def _again(ground: faults.Ground, name: str) -> int:
 def _sweeps() -> list[Technique]:
     return [
         sweep
-        for module in (faults, powerloss, realdisks, fulldisks, hosts, locks, orphans, memory)
+        for module in (faults, powerloss, realdisks, fulldisks, hosts, locks, orphans, memory, bitrot)
         for sweep in module.sweeps()
     ]
 
