@@ -143,6 +143,7 @@ class Sweep:
         self._afterwards = afterwards
         self._kinds = kinds
         self._victim = victim
+        self._heard_within_s = runs.HEARD_WITHIN_S
         series, _, how = words.partition(" ")
         self._scenario = scenario or (scenarios(series)[how] if how else None)
 
@@ -235,7 +236,7 @@ class Sweep:
             told = runs.told(run, rank)
             for word, *facts in told:
                 late = facts[-1]
-                assert late < runs.HEARD_WITHIN_S, f"rank {rank} was told {word} after {late:.1f} s"
+                assert late < self._heard_within_s, f"rank {rank} was told {word} after {late:.1f} s"
             for word, _, *facts in told[:1]:
                 if word == "failed" and hit:
                     blamed = {blamed for blamed, _ in facts[0]}

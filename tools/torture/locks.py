@@ -8,7 +8,6 @@ mount the same storage with `localflock`. Each place can have a manager of its o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import shutil
@@ -20,6 +19,7 @@ from child_process import Ended
 from crash_run import Scenario
 
 from ckptmgr import errors
+from ckptmgr.journal.database import BUSY_TIMEOUT_MS
 from ckptmgr.rundir import RunDirectory
 from torture import faults, mounts, runs, shim
 from torture.faults import MOST_S, NOT_REACHED, Ground, Outcome, Sweep
@@ -29,6 +29,8 @@ from torture.shim import EVERYONE, Action, Call, Kind, Orders, Phase, Struck
 
 #: Errors that say that there are no locks, and one that says nothing in particular.
 _CODES = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO)
+#: Of points that cost much, every so many-th.
+_ONE_IN = 7
 #: Where SQLite's locks are, in bytes of the journal that nothing else uses.
 _PENDING_BYTE, _LOCK_BYTES = 0x40000000, 512
 #: Who is told that the first was in a transaction, so that there was no second.
@@ -47,10 +49,17 @@ class RefusedLock(Sweep):
 
     def __init__(self, code: int, *, sticky: bool, words: str) -> None:
         fault = f"{errno.errorcode[code]} of a lock {'sticky' if sticky else 'once'}"
-        fail = Orders(action=Action.FAIL, error=code, sticky=sticky, kinds=(Kind.LOCK,))
-        super().__init__(
-            fault, words, 1, lambda n, _: dataclasses.replace(fail, at=n), afterwards=True, kinds=(Kind.LOCK,)
-        )
+        # SQLite takes ENOLCK for a lock that somebody holds and waits, at each transaction: up to 40 s at a point.
+        waits = sticky and code == errno.ENOLCK
+
+        def orders(n: int, call: Call) -> Orders | None:
+            if waits and n % _ONE_IN and ".journal.db" in call.path:
+                return None
+            return Orders(n, Action.FAIL, code, sticky=sticky, kinds=(Kind.LOCK,))
+
+        super().__init__(fault, words, 1, orders, afterwards=True, kinds=(Kind.LOCK,))
+        if waits:
+            self._heard_within_s += 4 * BUSY_TIMEOUT_MS / 1000
 
     def _survivors_heard(self, orders: Orders, struck: Struck, ended: Ended, run: Path) -> None:
         super()._survivors_heard(orders, struck, ended, run)
