@@ -303,25 +303,26 @@ def check_parts(value: Any, most: int) -> None:
         ValueError: Who walks through *value* comes by more than *most* parts.
     """
     parts: dict[int, int] = {}
-    waiting = [(value, False)]
+    waiting: list[tuple[Any, list[Any] | None]] = [(value, None)]
     while waiting:
-        part, is_done = waiting.pop()
-        below = (
-            [*part.keys(), *part.values(), *getattr(part, "__dict__", {}).values()] if isinstance(part, dict) else part
-        )
-        inner = [one for one in below if isinstance(one, _CONTAINERS)] if isinstance(part, _CONTAINERS) else []
-        if is_done:
-            # One that is not known yet holds itself: a copy ends there.
-            parts[id(part)] = len(below) + sum(parts[id(one)] for one in inner)
+        part, inner = waiting.pop()
+        if inner is not None:
+            # One that holds itself has at least its own parts: a copy ends there.
+            parts[id(part)] += sum(parts[id(one)] for one in inner)
             if parts[id(part)] > most:
                 raise ValueError(f"it holds the same containers so often that they have more than {most} parts")
-        elif isinstance(part, _CONTAINERS) and id(part) not in parts:
-            parts[id(part)] = 0
-            waiting.append((part, True))
-            waiting += [(one, False) for one in inner]
+        elif id(part) not in parts and type(part) in _CONTAINERS:
+            below = part
+            if isinstance(part, dict):
+                below = [*part.keys(), *part.values(), *getattr(part, "__dict__", {}).values()]
+            inner = [one for one in below if type(one) in _CONTAINERS]
+            parts[id(part)] = len(below)
+            waiting.append((part, inner))
+            waiting += [(one, None) for one in inner]
 
 
-_CONTAINERS = (tuple, list, dict, set)
+#: All that an archive can be read into.
+_CONTAINERS = frozenset({tuple, list, dict, set, collections.OrderedDict, collections.Counter})
 
 
 class _Storage:

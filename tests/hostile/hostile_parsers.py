@@ -322,6 +322,7 @@ def _pickle_seeds(ground: Ground) -> list[bytes]:
     seeds = [pickle.dumps(value, protocol)[2:-1] for value in values for protocol in (2, 4)]
     seeds += [b.tensor(b.storage()), b.tensor(b.storage("DoubleStorage", "1", 8), 1, (2, 2), (2, 1))]
     seeds += [b.array(b.plain_dtype("f8"), (2,), bytes(16)), b.dtype("V8"), b.call(b.name("posix", "system"))]
+    seeds += [b.bomb(31), b.call(b.bomb(31)), b.EMPTY_DICT + b.bomb(31) + b.NONE + b"s"]
     return [*seeds, b.call(b.name("collections", "OrderedDict")) + b"}" + b.text("x") + b.NONE + b"s" + b.BUILD]
 
 

@@ -113,6 +113,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "keys of one hash": lambda: b.archive(b.EMPTY_DICT + b"(" + b"".join(n + b.NONE for n in alike()) + b"u"),
     "keys of one hash, one by one": lambda: b.archive(b.EMPTY_DICT + b"".join(n + b.NONE + b"s" for n in alike())),
     "items of one hash": lambda: b.archive(b.call(b.name("__builtin__", "set"), b.list_of(*alike()))),
+    "a long list again and again": lambda: b.archive(
+        b"](" + b"]q\x00(" + b.NONE * 50_000 + b"e" + b"h\x00" * 50_000 + b"e"
+    ),
     "tuples in tuples": lambda: b.archive(b.bomb(40)),
     "lists in lists": lambda: b.archive(b.EMPTY_LIST + b"q\x00" + b"](h\x00h\x00eq\x00" * 40),
     "mappings in mappings": lambda: b.archive(
