@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torture import faults, powerloss
+from torture import bitrot, faults, powerloss
 from torture.shim import Phase
 
 SWEEPS = {sweep.name: sweep for sweep in [*faults.sweeps(), *powerloss.sweeps()]}
@@ -63,6 +63,22 @@ def test_nothing_is_violated(ground: faults.Ground, tmp_path: Path, name: str):
 
     assert len(points) >= SUBSET[name]
     assert {n: text for n, text in violations.items() if text} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("torture")
+@pytest.mark.parametrize("words", ["checkpoint", "hf", "journal"])
+def test_all_that_can_rot_has_points_and_one_of_them_is_judged(ground: faults.Ground, tmp_path: Path, words: str):
+    sweeps = [sweep for sweep in bitrot.sweeps() if (sweep.words, sweep.world) == (words, 1)]
+    prepared = ground.whole(sweeps[0])
+    points = {sweep.fault: list(sweep.points(prepared)) for sweep in sweeps}
+    n = random.Random(words).choice(points[sweeps[0].fault])
+    outcome = sweeps[0].strike(ground, tmp_path / str(n), n, prepared)
+
+    assert all(points.values())
+    assert sum(map(len, points.values())) == len(prepared), "no row has them"
+    assert outcome.violation == ""
+    assert outcome.phase in bitrot.OUTCOMES
 
 
 def test_every_fault_of_the_matrix_is_in_the_subset():
