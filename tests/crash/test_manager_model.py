@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,15 @@ class Managing(RuleBasedStateMachine):
                 # One that is gone before it was given anything is replaced.
                 assert fault != "writer may write no file", "it was saved all the same"
                 self.committed(attempt)
-        if fault == "writer may write no file" and self.manager.writer_pid == pid:
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if fault == "writer may write no file":
+            if self.manager.writer_pid == pid:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return
+        # A save that is given to it while it dies fails, and that is another rule's business.
+        deadline = time.monotonic() + 20
+        while self.manager.writer_pid == pid:
+            assert time.monotonic() < deadline, "the writer that was killed goes on"
+            time.sleep(0.01)
 
     def begin(self, attempt: Attempt, overwrite: bool) -> PendingSave | None:
         """Call save; None if it refuses a step that is saved, as it must."""
