@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -196,6 +196,11 @@ def create_journal_engine(path: Path, mode: Mode, *, foreign_keys: bool = True) 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))
+
+    @event.listens_for(engine, "handle_error")
+    def keep(context: ExceptionContext) -> None:
+        # An interrupt counts as a lost connection, and SQLAlchemy would make another one by itself: no seal follows it.
+        context.is_disconnect = False
 
     return engine
 
@@ -436,14 +441,17 @@ class Database:
             connection.execution_options(begin="BEGIN")
             driver = connection.connection.dbapi_connection
             assert isinstance(driver, sqlite3.Connection)
-            limit_steps(driver, self.path)
             try:
+                limit_steps(driver, self.path)
                 with connection.begin():
                     yield connection
-                limit_steps(driver, None)
-            except SQLAlchemyError:
-                self._discard()
+            except BaseException as error:
+                if isinstance(error, SQLAlchemyError) or not isinstance(error, Exception):
+                    self._discard()
                 raise
+            finally:
+                with contextlib.suppress(sqlite3.Error):
+                    limit_steps(driver, None)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -460,22 +468,26 @@ class Database:
             connection.execution_options(begin="BEGIN IMMEDIATE")
             last_change = schema.run.c.last_change
             mine = uuid.uuid4().hex
-            transaction = connection.begin()
             followed = self._seal
             assert followed is not None
-            followed.begin()
             try:
+                transaction = connection.begin()
+                followed.begin()
                 before = connection.execute(select(last_change)).scalar_one_or_none()
                 yield connection
                 connection.execute(update(schema.run).values(last_change=mine))
                 followed.record()
-            except BaseException as error:
+            except Exception as error:
                 try:
-                    transaction.rollback()
+                    connection.rollback()
                 except SQLAlchemyError:
                     # What failed first is the news; closing the connection rolls back as well.
                     error.add_note("the connection to the journal had to be closed to roll back")
                     self._discard()
+                raise
+            except BaseException:
+                # An interrupt may have come anywhere, and the next transaction must not depend on where.
+                self._discard()
                 raise
             try:
                 transaction.commit()
@@ -510,14 +522,20 @@ class Database:
             raise JournalError(f"{self.path} is closed")
         if self._connection is None:
             self._connection = self._engine.connect()
-            if not self.read_only:
-                self._seal = seal.Seal(driver(self._connection))
+            try:
+                self._seal = None if self.read_only else seal.Seal(driver(self._connection))
+            except BaseException:
+                self._discard()
+                raise
         return self._connection
 
     def _discard(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             # A connection that failed may fail to close as well; the next one does not depend on it.
+            with contextlib.suppress(SQLAlchemyError, sqlite3.Error):
+                # Closing alone would keep its locks as long as a traceback holds a statement of it.
+                driver(connection).rollback()
             with contextlib.suppress(SQLAlchemyError, sqlite3.Error):
                 connection.close()
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
+import signal
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -250,6 +254,41 @@ def test_the_seal_follows_every_change(full):
             change()
             everything(full)
             assert journal.files(1) == list(FILES)
+
+
+def test_interrupts_at_any_moment_neither_damage_the_journal_nor_keep_it_locked(full):
+    """Ctrl-C, or SIGTERM where it raises: it may come in the middle of a statement, a commit or an opening."""
+    chance = random.Random(7)
+    main, interrupted = threading.main_thread().ident, 0
+    assert main is not None
+
+    def strike() -> None:
+        time.sleep(chance.uniform(0.0005, 0.01))
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with Journal.open(full) as journal:
+            for _ in range(100):
+                striker = threading.Thread(target=strike)
+                try:
+                    striker.start()
+                    try:
+                        journal.end_epoch(journal.begin_epoch(host="h", pid=1, command="c", versions={}))
+                    finally:
+                        striker.join()
+                        time.sleep(0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                except JournalError as error:
+                    # Where it comes while SQLite calls us, SQLite tells of it in its own way.
+                    if "user-defined function" not in error.message:
+                        raise
+            assert interrupted > 10
+            journal.begin_epoch(host="h", pid=1, command="c", versions={})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    everything(full)
 
 
 def test_a_change_that_was_rolled_back_is_not_sealed(full):
