@@ -92,7 +92,12 @@ def sync_directory(path: Path) -> None:
 
 def sync_directories(root: Path) -> None:
     """Fsync *root* and every directory below it, bottom-up."""
-    for directory, _, _ in os.walk(root, topdown=False):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    # A directory that cannot be listed would be left out, unsynced, without a word.
+    for directory, _, _ in os.walk(root, topdown=False, onerror=refuse):
         sync_directory(Path(directory))
 
 

@@ -287,6 +287,11 @@ def test_a_tree_that_is_filled_again_and_again_is_an_error(tmp_path: Path, monke
         durable.remove_tree(tree)
 
 
+def test_a_directory_that_cannot_be_listed_is_not_passed_over_unsynced(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        durable.sync_directories(tmp_path / "gone")
+
+
 def test_only_directories_and_files_are_synced_and_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "f").touch()
