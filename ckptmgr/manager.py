@@ -49,7 +49,7 @@ from ckptmgr.errors import (
 from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format
-from ckptmgr.manifest import FileEntry
+from ckptmgr.manifest import FileEntry, is_text
 from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
@@ -783,9 +783,9 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not isinstance(name, str) or not math.isfinite(number):
+        if not is_text(name) or not math.isfinite(number):
             raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
         numbers[name] = number
     return numbers

@@ -123,11 +123,11 @@ class Manifest:
         per_rank = body.take("per_rank", list)
         metrics = body.take("metrics", dict)
         versions = body.take("versions", dict)
-        if not all(_is_text(name) for name in per_rank):
+        if not all(is_text(name) for name in per_rank):
             raise body.bad("'per_rank' holds something other than names")
-        if not all(_is_text(name) and is_finite(value) for name, value in metrics.items()):
+        if not all(is_text(name) and is_finite(value) for name, value in metrics.items()):
             raise body.bad("'metrics' holds something other than numbers")
-        if not all(_is_text(text) for pair in versions.items() for text in pair):
+        if not all(is_text(text) for pair in versions.items() for text in pair):
             raise body.bad("'versions' holds something other than text")
         try:
             layout = Format(body.take("format", str))
@@ -171,7 +171,7 @@ class _Fields:
         value = self._body.get(key)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.bad(f"{key!r} is {type(value).__name__}")
-        if isinstance(value, str | int | float) and not (_is_text(value) or is_finite(value)):
+        if isinstance(value, str | int | float) and not (is_text(value) or is_finite(value)):
             raise self.bad(f"{key!r} is nothing that a file or a database can hold")
         return value
 
@@ -218,7 +218,7 @@ def is_plain_relative(path: str) -> bool:
     return bool(path) and not pure.is_absolute() and not {".", ".."} & {*path.split("/")} and str(pure) == path
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether *value* is text that UTF-8 can hold; JSON can spell halves of characters, which it cannot."""
     if not isinstance(value, str):
         return False

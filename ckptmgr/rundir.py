@@ -468,6 +468,8 @@ class RunDirectory:
             raise InvalidArgument(
                 f"the manifest of {len(manifest.files)} files has {len(text)} bytes, more than {MAX_MANIFEST_BYTES}"
             )
+        # What is committed must be readable: nobody could resume from it, and it retires those before it.
+        Manifest.from_json(text, where=str(staging / MANIFEST_NAME))
         durable.write_new(staging / MANIFEST_NAME, text, mode=self.permissions.file_mode)
         durable.sync_directories(staging)
         durable.sync_directory(staging.parent)

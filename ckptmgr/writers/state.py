@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state  # no publ
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
+from ckptmgr.manifest import is_text
 from ckptmgr.writers import archives
 
 State = Mapping[str, Any]
@@ -138,7 +139,7 @@ def split(state: State) -> tuple[dict[str, Any], dict[str, PerRank]]:
     if not isinstance(state, Mapping) or not state:
         raise InvalidArgument(f"state must be a non-empty mapping from names to objects, not {type(state).__name__}")
     for name in state:
-        if not isinstance(name, str) or not name:
+        if not is_text(name) or not name:
             raise InvalidArgument(f"state has the name {name!r}; names must be non-empty text")
     per_rank = {name: value for name, value in state.items() if isinstance(value, PerRank)}
     shared = {name: value for name, value in state.items() if name not in per_rank}

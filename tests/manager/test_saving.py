@@ -330,10 +330,30 @@ def test_what_a_state_dict_raises_is_told_as_the_cause(open_manager: Open) -> No
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("metrics", [{"loss": float("nan")}, {"loss": "low"}, {1: 2.0}, {"loss": None}])
+@pytest.mark.parametrize(
+    "metrics", [{"loss": float("nan")}, {"loss": "low"}, {1: 2.0}, {"loss": None}, {"loss": 10**400}, {"\udc80": 1.0}]
+)
 def test_metrics_that_are_no_numbers_are_refused(open_manager: Open, metrics: Any) -> None:
     with open_manager() as manager, pytest.raises(InvalidArgument, match="metric"):
         manager.save(1, {"value": 1}, metrics=metrics)
+
+
+def test_a_name_that_a_manifest_cannot_hold_is_refused(open_manager: Open) -> None:
+    with open_manager() as manager:
+        with pytest.raises(InvalidArgument, match="non-empty text"):
+            manager.save(1, {"value": 1, "half a character \udc80": PerRank(1)})
+        _save(manager, 1)
+
+
+def test_a_manifest_that_could_not_be_read_back_is_never_committed(
+    open_manager: Open, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_manager(series=[Series("checkpoint", DCP(), keep=KeepLast(1))]) as manager:
+        _save(manager, 1)
+        monkeypatch.setattr(manager._leader, "_versions", {"torch": 2.13})
+        with pytest.raises(SaveFailed, match="'versions' holds something other than text"):
+            _save(manager, 2)
+    assert _steps_on_disk(run_dir) == ["step-1"]
 
 
 @pytest.mark.parametrize(
