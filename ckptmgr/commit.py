@@ -153,6 +153,7 @@ class Leader:
         """Steps 1 and 2 up to the writers' start: intent, staging directory, metadata, WRITING."""
         attempt = None
         try:
+            self._require_home()
             self._settle_series(job.series)
             record = self._journal.begin(
                 series=job.series, step=job.step, format=job.writer.kind, epoch=self._epoch, world_size=world_size,
@@ -247,7 +248,7 @@ class Leader:
         facts = [dataclasses.asdict(failure) for failure in failures]
         try:
             self._rundir.remove(attempt.record.staging_directory)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:  # the other ranks wait to be told, whatever stands there now
             log.warning("%s stays until the next recovery: %s", attempt.record.staging_directory, error)
         # Crash here: WRITING without its staging directory; recovery marks it FAILED.
         try:
@@ -314,6 +315,14 @@ class Leader:
                 found=f"epoch {newest}",
             )
 
+    def _require_home(self) -> None:
+        """
+        Refuse to go on where the run directory is another one by now: moved away, or its file system unmounted.
+
+        A save would make it anew, and let go, one after the other, what stands in the one that is gone.
+        """
+        self._rundir.require_pair(self._journal.run_id, managed=True)
+
     def _settle_series(self, series: str) -> None:
         """Deal with a row that an earlier failure left in flight, as after a crash, so that the next save works."""
         if self._journal.in_flight(series) is not None:
@@ -331,6 +340,7 @@ class Leader:
     def _recover(self) -> None:
         try:
             with self._deleting:
+                self._require_home()
                 recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
         finally:
             self._remember()
@@ -375,6 +385,7 @@ class Leader:
     def _retire_one(self, record: CheckpointRecord) -> None:
         with self._deleting:
             self._check_epoch(record)
+            self._require_home()
             # Crash here: COMMITTED and retiring under its final name; recovery finishes it.
             self._rundir.retire(record)
             # Crash here: the directory is gone, the row still says retiring; recovery finishes it.

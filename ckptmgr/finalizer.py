@@ -324,6 +324,16 @@ class Finalizer:
     # -- all ranks ----------------------------------------------------------------------------------
 
     def _write(self, job: Job, go: Go) -> _Written:
+        try:
+            answer = self._have_written(job, go)
+        except Exception as error:  # a trainer without a descriptor left, say: it belongs into the report
+            log.exception("cannot have %s step %d written", job.series, job.step)
+            answer = Answer(cause=in_words(error))
+        if answer.cause is not None:
+            return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
+        return _Written(answer, job.report, job.stage_s)
+
+    def _have_written(self, job: Job, go: Go) -> Answer:
         answer = Answer(cause=go.cause or job.cause)
         if self._closing and answer.cause is None:
             answer = Answer(cause="the manager is closing")
@@ -340,17 +350,19 @@ class Finalizer:
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
             )  # fmt: skip
             answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
-        if answer.cause is not None:
-            return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
-        return _Written(answer, job.report, job.stage_s)
+        return answer
 
     def _digest(self, go: Go, paths: tuple[str, ...]) -> Answer:
         if not paths:
             return Answer()
-        if (cause := self._writer.start(self._timeouts.write_s)) is not None:
-            return Answer(cause=cause)
-        digest = DigestJob(str(self._root / go.directory), paths, self._ranks.rank)
-        answer = self._writer.do(digest, self._timeouts.write_s)
+        try:
+            answer = Answer(cause=self._writer.start(self._timeouts.write_s))
+            if answer.cause is None:
+                digest = DigestJob(str(self._root / go.directory), paths, self._ranks.rank)
+                answer = self._writer.do(digest, self._timeouts.write_s)
+        except Exception as error:
+            log.exception("cannot have %s read back", go.directory)
+            answer = Answer(cause=in_words(error))
         return answer if answer.cause is None else Answer(cause=answer.cause[:MAX_CAUSE])
 
     def _agree_on_tick(self, job: Job, failures: Sequence[RankFailure]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -141,6 +142,55 @@ def test_a_full_disk_on_one_rank_fails_the_save_there_and_nothing_is_published(h
     if here.is_leader:
         assert_failed(rows(here)[1], 1, "File too large", HOST)
         assert sorted(path.name for path in (here.run_dir / "checkpoint").iterdir()) == ["step-12", "step-2"]
+
+
+def _no_descriptor_left(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1, before[1])
+    )
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    yield
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@on_ranks(2)
+def test_a_trainer_without_a_descriptor_for_a_new_writer_says_so_to_every_rank(here: Here) -> None:
+    with manager_on(here) as manager:
+        _commits(here, manager, 1)  # Python opens files of its own when it does something for the first time.
+        failure = _fails_and_recovers(here, manager, 2, 1, _no_descriptor_left)
+        assert "Too many open files" in failure.failures[0].cause
+        assert not failure.failures[0].silent
+
+
+@on_ranks(2)
+def test_a_link_in_the_place_of_a_series_fails_the_save_alike_on_every_rank(here: Here) -> None:
+    series, real = here.run_dir / "checkpoint", here.run_dir / "real"
+    with manager_on(here) as manager:
+        _commits(here, manager, 1)
+        here.meet()
+        if here.is_leader:
+            series.rename(real)
+            series.symlink_to("real")
+        here.meet()
+        manager.save(2, _state(here))
+        failure = hear_alike(here, manager)
+        assert [f.rank for f in failure.failures] == [0]
+        assert "is a link" in failure.failures[0].cause
+        here.meet()
+        if here.is_leader:
+            series.unlink()
+            real.rename(series)
+        here.meet()
+        _commits(here, manager, 3)
 
 
 class _Unsafe:

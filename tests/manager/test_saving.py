@@ -680,6 +680,24 @@ def test_a_run_can_be_moved_and_its_journal_kept_elsewhere(open_manager: Open, r
     assert sorted(path.name for path in tmp_path.iterdir()) == ["journals", "moved"]
 
 
+def test_a_run_directory_that_goes_away_fails_saves_and_lets_nothing_go(open_manager: Open, run_dir: Path) -> None:
+    """It was moved, or its file system was unmounted: a save in its empty place would retire what is not there."""
+    with open_manager(series=[Series("checkpoint", DCP(), keep=KeepLast(1))]) as manager:
+        _save(manager, 1)
+        run_dir.rename(run_dir.with_name("away"))
+        for _ in range(2):
+            with pytest.raises(SaveFailed, match="does not say that it belongs to run"):
+                _save(manager, 2)
+        assert not run_dir.exists(), "nothing is made in its place"
+        run_dir.with_name("away").rename(run_dir)
+        state = {"value": 0}
+        resumed = manager.resume(state)
+        assert resumed is not None
+        assert (resumed.step, state["value"]) == (1, 1)
+        _save(manager, 2)
+    assert _steps_on_disk(run_dir) == ["step-2"]
+
+
 def test_a_run_directory_that_is_a_file_is_refused(open_manager: Open, run_dir: Path) -> None:
     run_dir.write_text("mine")
     with pytest.raises(InvalidArgument, match="not a directory"):
