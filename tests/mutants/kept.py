@@ -164,7 +164,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "durable.py",
-                "    for directory, _, _ in os.walk(root, topdown=False):\n        sync_directory(Path(directory))\n",
+                "    for directory, _, _ in os.walk(root, topdown=False, onerror=refuse):\n"
+                "        sync_directory(Path(directory))\n",
                 "    sync_directory(root)\n",
             ),
         ),
