@@ -22,7 +22,7 @@ import manager_model
 import pytest
 import rot
 from child_process import CRASHED, KILLED, AtEffect, ForkServer
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -189,7 +189,6 @@ class Managing(RuleBasedStateMachine):
         self.close()
         attempt = Attempt(series, step, next(self.gens), loss)
         ended = self.forks.run(manager_model.save_and_die, self.run, self.keep, attempt, at)
-        note(f"{ended.status} {ended.output}")
         assert ended.status in (0, CRASHED, KILLED), ended.output
         if again is not None:
             died = self.forks.run(manager_model.recover_and_die, self.run, self.keep, AtEffect(again))
@@ -234,7 +233,6 @@ class Managing(RuleBasedStateMachine):
             resumed = None
         self.settle("dcp")
         expected = self.model.resumes("dcp", step=step, older=older)
-        note(f"resumed {resumed}")
         if expected is None:
             assert resumed is None
             assert manager_model.loaded(state) == before, "nothing was resumed, and the state has changed"
@@ -272,7 +270,6 @@ class Managing(RuleBasedStateMachine):
         # Not the manifest: a directory that nothing says is ours is neither deleted nor replaced.
         names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
         path = names[file % len(names)]
-        note(f"{how} {path}")
         size = path.stat().st_size
         if how == "missing":
             path.unlink()
@@ -367,3 +364,36 @@ def test_a_manager_does_what_its_model_does(forks: ForkServer, tmp_path: Path):
             report_multiple_bugs=False,
         ),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_order_in_which_everything_happens(forks: ForkServer, tmp_path: Path):
+    Managing.forks, Managing.folder = forks, tmp_path
+    one = Managing()
+    fresh = [("dcp", 1, 1.0, False), ("hf", 1, 0.5, False), ("dcp", 2, 0.5, False), ("hf", 2, None, False)]
+    more = [("dcp", 3, 1.0, False), ("hf", 3, 1.0, False), ("dcp", 4, None, False), ("hf", 4, 0.25, False)]
+    try:
+        one.open({"dcp": "all", "hf": "best"})
+        for happens in (
+            lambda: one.train(fresh, False),
+            lambda: one.damage(more, "dcp", 0, 1, "flip"),
+            lambda: one.resume(True, 3),
+            lambda: one.damage([("hf", 4, 0.5, True)], "hf", 0, 0, "missing"),
+            lambda: one.close_and_reopen({"dcp": "last two", "hf": "last"}),
+            lambda: one.pin("dcp", 0, [("dcp", 5, None, False), ("dcp", 0, None, False), ("dcp", 1, 0.25, True)]),
+            lambda: one.save_in_trouble("dcp", 1, True, "writer may write no file"),
+            lambda: one.save_in_trouble("hf", 4, True, "writer is killed at work"),
+            lambda: one.die_while_saving("dcp", 6, None, AtEffect(20), None),
+            lambda: one.die_while_saving("dcp", 1, None, AtEffect(45), 12),
+            lambda: one.die_while_saving("hf", 6, None, AtEffect(3, in_writer=True), None),
+            lambda: one.unpin(0),
+            lambda: one.train([("dcp", 8, None, False), ("hf", 8, None, False), ("dcp", 9, None, False)], False),
+            lambda: one.resume(False, None),
+            lambda: one.check("dcp"),
+            lambda: one.check("hf"),
+        ):
+            happens()
+            one.journal_disk_and_meta_are_the_models()
+    finally:
+        one.teardown()
