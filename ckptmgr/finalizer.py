@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import CheckpointError, RankFailure, SaveFailed, StaleWriter
+from ckptmgr.errors import CheckpointError, ForeignJournal, RankFailure, SaveFailed, StaleWriter
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
@@ -402,4 +402,6 @@ def _hint(failures: Sequence[RankFailure]) -> str:
         return "free disk space; the next save will work, and older checkpoints are untouched"
     if any(failure.cause.startswith(StaleWriter.__name__) for failure in failures):
         return StaleWriter.hint
+    if any(failure.cause.startswith(ForeignJournal.__name__) for failure in failures):
+        return "see that the run directory stands where it stood, mounted; the next save works as soon as it does"
     return "the next save works; `ckptmgr show RUN STEP` has the causes per rank"

@@ -111,6 +111,8 @@ class RunDirectory:
         permissions: Permissions | None = None,
     ) -> None:
         self.permissions = permissions or Permissions()
+        if not os.fspath(path):
+            raise InvalidArgument("'' is no run directory", hint="is a variable unset? '.' is the current directory")
         given = Path(path)
         if journal is None and given.name.endswith(".journal.db"):
             journal = given

@@ -686,8 +686,9 @@ def test_a_run_directory_that_goes_away_fails_saves_and_lets_nothing_go(open_man
         _save(manager, 1)
         run_dir.rename(run_dir.with_name("away"))
         for _ in range(2):
-            with pytest.raises(SaveFailed, match="does not say that it belongs to run"):
+            with pytest.raises(SaveFailed, match="does not say that it belongs to run") as caught:
                 _save(manager, 2)
+            assert "mounted" in caught.value.hint
         assert not run_dir.exists(), "nothing is made in its place"
         run_dir.with_name("away").rename(run_dir)
         state = {"value": 0}

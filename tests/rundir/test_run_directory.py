@@ -118,9 +118,11 @@ def test_a_journal_whose_path_is_too_long_is_refused_and_the_longest_is_not(tmp_
         RunDirectory(tmp_path / "run", tmp_path / ("ü" * 120) / ("ü" * 120)).check_journal_path()
 
 
-def test_the_root_is_no_run_directory() -> None:
+def test_neither_the_root_nor_nothing_is_a_run_directory() -> None:
     with pytest.raises(InvalidArgument):
         RunDirectory("/")
+    with pytest.raises(InvalidArgument, match="unset"):
+        RunDirectory("")
 
 
 def test_directory_and_journal_of_two_runs_are_told_apart(rundir: RunDirectory) -> None:
