@@ -381,7 +381,7 @@ def test_one_order_in_which_everything_happens(forks: ForkServer, tmp_path: Path
             lambda: one.resume(True, 3),
             lambda: one.damage([("hf", 4, 0.5, True)], "hf", 0, 0, "missing"),
             lambda: one.close_and_reopen({"dcp": "last two", "hf": "last"}),
-            lambda: one.pin("dcp", 0, [("dcp", 5, None, False), ("dcp", 0, None, False), ("dcp", 1, 0.25, True)]),
+            lambda: one.pin("dcp", 0, [("dcp", 5, None, False), ("dcp", 0, None, False)]),
             lambda: one.save_in_trouble("dcp", 1, True, "writer may write no file"),
             lambda: one.save_in_trouble("hf", 4, True, "writer is killed at work"),
             lambda: one.die_while_saving("dcp", 6, None, AtEffect(20), None),
