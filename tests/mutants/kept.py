@@ -240,8 +240,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "durable.py",
-                "            os.rmdir(name, dir_fd=folder)\n    sync_directory(path.parent)\n",
-                "            os.rmdir(name, dir_fd=folder)\n",
+                "                tries += 1\n    sync_directory(path.parent)\n",
+                "                tries += 1\n",
             ),
         ),
         (
