@@ -54,8 +54,8 @@ class _Scarce(Sweep):
         """The same run with room enough."""
         return ground.whole(Sweep("", self.words, self.world, lambda *_: None, afterwards=False))
 
-    def _judged(self, ended: Ended, struck: Struck, run: Path) -> None:
-        """Everyone was told what had to be told, or AssertionError."""
+    def _judged(self, ended: Ended, struck: Struck, run: Path, *, unseen: bool = False) -> None:
+        """Everyone was told what had to be told, or AssertionError; *unseen*: reading may have been refused as well."""
         self._survivors_heard(Orders(action=Action.WATCH), struck, ended, run)
         told = runs.told(run, 0)
         failed = [cause for word, _, *facts in told if word == "failed" for _, cause in facts[0]]
@@ -64,7 +64,7 @@ class _Scarce(Sweep):
         assert not strange, f"not what was wrong: {strange}"
         if not struck.times:
             # At the start the folder that holds the run is synced as well, and the shim does not watch that.
-            assert not failed, f"refused by nobody: {failed}"
+            assert unseen or not failed, f"refused by nobody: {failed}"
             return
         # What a writer could not write cannot be committed.
         assert struck.role % 2 == 0 or causes, f"{struck}, and the save did not fail: {told}"
@@ -136,7 +136,7 @@ class FullDisk(_Scarce):
         phase = struck.phase.name if struck.times else NOT_REACHED
         try:
             faults.assert_all_gone(started.orders)
-            self._judged(ended, struck, started.run)
+            self._judged(ended, struck, started.run, unseen=scarcity.below)
             if scarcity.below:
                 ground.forks.do(scarcity.relieve, started.disk)
             prepared.disks.judge(started, whole=True)

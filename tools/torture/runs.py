@@ -340,7 +340,9 @@ def _rank(
     with opened:
         if trouble and trouble.begin:
             trouble.begin(*trouble.args)
-        worked = [_save(run, opened, save, rank, world, armed, calm=trouble is None) for save in saves]
+        # Where the kernel itself refuses, it may still do so, and a transaction cannot even be undone.
+        calm = trouble is None and not armed.is_watching
+        worked = [_save(run, opened, save, rank, world, armed, calm=calm) for save in saves]
         if afterwards:
             armed.calm()
             if trouble:

@@ -327,6 +327,11 @@ class Armed:
             return False
         return not (self.has_struck and (self._shared.sticky or self._shared.action == Action.STOP))
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether nothing is made to fail, and only looked at what the kernel refuses."""
+        return bool(self._shared.action == Action.WATCH)
+
     def order(self, orders: Orders) -> None:
         """New orders in the midst of a run; *orders* count from the next call on."""
         self._shared.at = 0
