@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rank_processes import Here
@@ -26,6 +27,15 @@ def manager_on(here: Here, *, wait: Timeouts | None = None, **options: Any) -> C
     options.setdefault("series", [Series("checkpoint", DCP()), Series("hf", HuggingFace())])
     options.setdefault("writers", WriterOptions(nice=0))
     return CheckpointManager(here.run_dir, timeouts=wait or timeouts(), **options)
+
+
+def save_two(here: Here, state_of: Callable[[Here, int], dict[str, Any]]) -> None:
+    """Commit steps 1 and 2 of the run and close; called on all ranks."""
+    with manager_on(here) as manager:
+        for step in (1, 2):
+            pending = manager.save(step, state_of(here, step))
+            assert pending is not None
+            pending.wait()
 
 
 def poll_until_failure(here: Here, manager: CheckpointManager, limit_s: float = 20.0) -> tuple[int, SaveFailed]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_processes import Here, on_ranks, run_on_ranks, start_ranks
-from saving_ranks import manager_on, timeouts
+from saving_ranks import manager_on, save_two, timeouts
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ckptmgr import PerRank, UnsafeResume
@@ -31,11 +31,7 @@ def _state(here: Here, step: int) -> dict[str, Any]:
 
 
 def _save_two(here: Here) -> None:
-    with manager_on(here) as manager:
-        for step in (1, 2):
-            pending = manager.save(step, _state(here, step))
-            assert pending is not None
-            pending.wait()
+    save_two(here, _state)
 
 
 def _flip(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import reprlib
-import resource
 import signal
 import sys
 import time
@@ -62,13 +61,6 @@ def guarded(*roots: Path) -> Iterator[Guard]:
     with guard.watching(*roots):
         yield guard
     assert guard.seen == [], guard.seen
-
-
-def limit_memory(mib: int) -> None:
-    """Give this process *mib* more of address space than it has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + (mib << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 def sparse(path: Path, size: int, head: bytes = b"") -> None:

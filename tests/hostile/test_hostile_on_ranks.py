@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_processes import Here, run_on_ranks
-from saving_ranks import manager_on
+from saving_ranks import manager_on, save_two
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ckptmgr import PerRank, RandomState
@@ -36,11 +36,7 @@ def _state(here: Here, step: int) -> dict[str, Any]:
 
 
 def _save_two(here: Here) -> None:
-    with manager_on(here) as manager:
-        for step in (1, 2):
-            pending = manager.save(step, _state(here, step))
-            assert pending is not None
-            pending.wait()
+    save_two(here, _state)
 
 
 @pytest.fixture(scope="module")
