@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptmgr.errors import SaveInFlight as SaveInFlight
     from ckptmgr.errors import SetupFailed as SetupFailed
     from ckptmgr.errors import StaleWriter as StaleWriter
+    from ckptmgr.errors import StateChanged as StateChanged
     from ckptmgr.errors import StateMismatch as StateMismatch
     from ckptmgr.errors import StepAlreadySaved as StepAlreadySaved
     from ckptmgr.errors import UnsafePath as UnsafePath
@@ -77,6 +78,7 @@ _HOMES = {
         "SaveInFlight",
         "SetupFailed",
         "StaleWriter",
+        "StateChanged",
         "StateMismatch",
         "StepAlreadySaved",
         "UnsafePath",

@@ -28,6 +28,7 @@ from ckptmgr.retention import KeepRule
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.writers.arena import Arena
 from ckptmgr.writers.jobs import FileJob, SharedFile
+from ckptmgr.writers.reading import Reading
 
 log = logging.getLogger("ckptmgr")
 
@@ -66,6 +67,7 @@ class Job:
     One save on its way through the finalizer.
 
     *number* counts saves; *frame* is how long a rank's report may be, in bytes. Both are the same on every rank.
+    *reading* is what still fills the arena, if anything does.
     """
 
     number: int
@@ -74,6 +76,7 @@ class Job:
     keep: KeepRule
     writer: Concluder
     arena: Arena
+    reading: Reading | None
     files: tuple[FileJob, ...]
     report: Any
     stage_s: float

@@ -25,6 +25,7 @@ call. The facts are keyword arguments, so an error survives pickling between ran
     ├── CheckpointNotFound              .series .step            (FileNotFoundError)
     ├── CorruptCheckpoint               .directory .mismatches
     ├── StateMismatch                   .missing
+    ├── StateChanged                    .what
     ├── UnsafeResume                    .report
     └── UnsafePath                      .path .reason            (ValueError)
 """
@@ -229,6 +230,13 @@ class StateMismatch(CheckpointError):
 
     hint = "resume with the same model and optimizer, or leave out what the checkpoint does not have"
     missing: tuple[str, ...]
+
+
+class StateChanged(CheckpointError):
+    """The state was changed while a capture read it, so what was read may be of two steps; it is not kept."""
+
+    hint = "put updating() around all that changes the state in place, or leave capture at 'sync'"
+    what: str
 
 
 class UnsafeResume(CheckpointError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import CheckpointError, ForeignJournal, RankFailure, SaveFailed, StaleWriter
+from ckptmgr.errors import CheckpointError, ForeignJournal, RankFailure, SaveFailed, StaleWriter, StateChanged
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
@@ -27,6 +27,7 @@ from ckptmgr.ranks import Ranks
 from ckptmgr.writers.arena import Arena
 from ckptmgr.writers.jobs import Answer, DigestJob, WriteJob
 from ckptmgr.writers.process import WriterProcess
+from ckptmgr.writers.reading import Reading
 
 log = logging.getLogger("ckptmgr")
 
@@ -329,21 +330,27 @@ class Finalizer:
         except Exception as error:  # a trainer without a descriptor left, say: it belongs into the report
             log.exception("cannot have %s step %d written", job.series, job.step)
             answer = Answer(cause=in_words(error))
+        if job.reading is not None:
+            job.reading.conclude()
+            if answer.cause is None and job.reading.error is not None:
+                answer = Answer(cause=in_words(job.reading.error))
         if answer.cause is not None:
             return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
         return _Written(answer, job.report, job.stage_s)
 
     def _have_written(self, job: Job, go: Go) -> Answer:
         answer = Answer(cause=go.cause or job.cause)
+        # One limit for all that the writer does, or a rank that is still waiting for it would pass for silent.
+        deadline = time.monotonic() + self._timeouts.write_s
+        if answer.cause is None and job.reading is not None:
+            answer = Answer(cause=self._await_reading(job, job.reading))
         if self._closing and answer.cause is None:
             answer = Answer(cause="the manager is closing")
         if answer.cause is None and job.files:
-            # One limit for all that the writer does, or a rank that is still waiting for it would pass for silent.
-            deadline = time.monotonic() + self._timeouts.write_s
             if job.arena.size:
-                cause = self._writer.share(job.arena, self._timeouts.write_s)
+                cause = self._writer.share(job.arena, max(0.001, deadline - time.monotonic()))
             else:
-                cause = self._writer.start(self._timeouts.write_s)
+                cause = self._writer.start(max(0.001, deadline - time.monotonic()))
             write = WriteJob(
                 directory=str(self._root / go.directory), arena=job.arena.number, files=job.files,
                 rank=self._ranks.rank, file_mode=self._file_mode,
@@ -351,6 +358,14 @@ class Finalizer:
             )  # fmt: skip
             answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
         return answer
+
+    def _await_reading(self, job: Job, reading: Reading) -> str | None:
+        """Wait until the state has been read; returns why that failed, or None."""
+        limit = self._timeouts.write_s
+        if not reading.wait(limit):
+            return f"the state was not read within {limit:g} s"
+        job.stage_s += reading.seconds
+        return in_words(reading.error) if reading.error is not None else None
 
     def _digest(self, go: Go, paths: tuple[str, ...]) -> Answer:
         if not paths:
@@ -402,6 +417,8 @@ def _hint(failures: Sequence[RankFailure]) -> str:
         return "free disk space; the next save will work, and older checkpoints are untouched"
     if any(failure.cause.startswith(StaleWriter.__name__) for failure in failures):
         return StaleWriter.hint
+    if any(failure.cause.startswith(StateChanged.__name__) for failure in failures):
+        return StateChanged.hint
     if any(failure.cause.startswith(ForeignJournal.__name__) for failure in failures):
         return "see that the run directory stands where it stood, mounted; the next save works as soon as it does"
     return "the next save works; `ckptmgr show RUN STEP` has the causes per rank"

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib import metadata
@@ -28,6 +29,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptmgr import recovery, verify
 from ckptmgr import resume as resumption
@@ -61,6 +63,7 @@ log = logging.getLogger("ckptmgr")
 
 OnFailure = Literal["raise", "warn", "terminate"]
 WhenBusy = Literal["wait", "skip", "raise"]
+CaptureMode = Literal["sync", "overlap"]
 Hook = Callable[[Committed], Any]
 
 _GO, _SKIP, _BUSY, _SAVED = range(4)
@@ -94,6 +97,8 @@ class CheckpointManager:
         on_failure: What a failed save does at the next ``save`` or ``poll``, on every rank at the same
             call: raise `SaveFailed`, warn, or send this process SIGTERM.
         when_busy: What ``save`` does while the series has a save in flight: wait, skip, or raise.
+        capture: When the state may change again: ``"sync"``, as soon as ``save`` returns; ``"overlap"``, inside
+            of ``updating()`` only, and ``save`` returns before the tensors have been read.
         on_commit: Called on rank 0, in the background, with a `Committed` after each commit. What a hook
             raises is logged and undoes nothing.
         timeouts: How long anything may wait, in seconds.
@@ -106,8 +111,8 @@ class CheckpointManager:
         SetupFailed: A rank could not be set up.
         UnsafePath: What stands at a name of ours may be somebody else's.
         InvalidArgument: The arguments make no sense.
-        RanksDisagree: The ranks gave different *series*, *on_failure*, *when_busy*, *timeouts* or *permissions*, or
-            did not all come.
+        RanksDisagree: The ranks gave different *series*, *on_failure*, *when_busy*, *capture*, *timeouts* or
+            *permissions*, or did not all come.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class CheckpointManager:
         journal: str | os.PathLike[str] | None = None,
         on_failure: OnFailure = "raise",
         when_busy: WhenBusy = "wait",
+        capture: CaptureMode = "sync",
         on_commit: Hook | Iterable[Hook] = (),
         timeouts: Timeouts | None = None,
         writers: WriterOptions | None = None,
@@ -137,6 +143,7 @@ class CheckpointManager:
             self._series = by_name(series)
             self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
             self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
+            self._overlap = _one_of("capture", capture, ("sync", "overlap")) == "overlap"
             self._rundir = RunDirectory(run_dir, journal, permissions=permissions)
             self._rundir.check_journal_path()
         except CheckpointError as error:
@@ -158,8 +165,11 @@ class CheckpointManager:
             name: Capture(one, number, self._ranks) for number, (name, one) in enumerate(self._series.items())
         }
         self._ticks = Ticks(self._timeouts)
+        self._hook: Any = None
         try:
             self._set_up(hooks, writers or WriterOptions())
+            if self._overlap:
+                self._hook = register_optimizer_step_pre_hook(self._before_step)
         except BaseException:
             self._tear_down(0.0)
             raise
@@ -190,8 +200,9 @@ class CheckpointManager:
         """
         Capture *state* and save it in the background. All ranks must call.
 
-        When this returns the state may change: it has been copied to host memory. Nothing is durable
-        yet; the checkpoint commits as soon as the last rank has written and synced its part.
+        When this returns the state may change: it has been copied to host memory (with ``capture="overlap"``
+        its tensors may change inside of ``updating()`` only). Nothing is durable yet; the checkpoint commits
+        as soon as the last rank has written and synced its part.
 
         Args:
             step: The optimiser step, 0 or more.
@@ -211,6 +222,7 @@ class CheckpointManager:
             SaveInFlight: The series has a save in flight and ``when_busy`` is "raise".
             InvalidArgument: The state cannot be saved, on the same call on every rank.
             RanksDisagree: The ranks did not make the same call.
+            WaitTimeout: A capture still reads after ``Timeouts.write_s``, or a save before is still in flight.
         """
         with self._calling():
             return self._save(step, state, series, metrics, overwrite=overwrite, when_busy=when_busy)
@@ -253,10 +265,13 @@ class CheckpointManager:
             self._settle(previous, heard=True)
         if any(broken for _, broken, _ in rows):
             self._rebuild()
+        self._finish_reading()
         if any(changed for changed, _, _ in rows):
             capture.plan(taken)
         self._number += 1
-        job = capture.job(taken, number=self._number, step=step, metrics=numbers, overwrite=overwrite)
+        job = capture.job(
+            taken, number=self._number, step=step, metrics=numbers, overwrite=overwrite, overlap=self._overlap
+        )
         self._in_flight[series] = job
         assert self._finalizer is not None
         self._finalizer.submit(job)
@@ -281,9 +296,14 @@ class CheckpointManager:
         """
         Put around in-place updates of the state, such as ``optimizer.step()``.
 
-        A capture is complete when ``save`` returns, so there is nothing to wait for; loops that are
-        written with it stay right when captures overlap with training.
+        With ``capture="overlap"`` it waits until the captures under way have read the state. Otherwise a
+        capture is complete when ``save`` returns, and there is nothing to wait for.
+
+        Raises:
+            WaitTimeout: A capture still reads after ``Timeouts.write_s``.
         """
+        if not self._closed and os.getpid() == self._pid:
+            self._finish_reading()
         yield
 
     def warm_up(self, state: Mapping[str, Any], series: str = "checkpoint") -> None:
@@ -313,9 +333,10 @@ class CheckpointManager:
                 self._settle(previous, heard=True)
             taken, error = capture.take(state)
         self._meet("warm_up", self._call(series), error)
+        self._finish_reading()
         capture.plan(taken)
         try:
-            capture.warm_up()
+            capture.warm_up(taken)
             assert self._finalizer is not None
             if (cause := self._finalizer.start_writer([capture.arena])) is not None:
                 error = CheckpointError(cause)
@@ -381,6 +402,7 @@ class CheckpointManager:
         if (previous := self._in_flight.get(series)) is not None:
             # What it commits is the newest, and what it retires must not be deleted while it is read.
             self._settle(previous, heard=True)
+        self._finish_reading()
         verified: dict[int, tuple[str, ...]] = {}
         while True:
             decided: _Choice | None = None
@@ -457,7 +479,7 @@ class CheckpointManager:
 
     def _set_up(self, hooks: Sequence[Hook], options: WriterOptions) -> None:
         about = [(one.name, one.format.kind) for one in self._series.values()]
-        agreed = (about, self._on_failure, self._when_busy, self._timeouts, self._rundir.permissions)
+        agreed = (about, self._on_failure, self._when_busy, self._overlap, self._timeouts, self._rundir.permissions)
         self._meet("CheckpointManager", (_fingerprint(*agreed),), None)
         error: Exception | None = None
         if self._ranks.rank == 0:
@@ -518,13 +540,18 @@ class CheckpointManager:
             last.callback(self._rundir.release)
             last.callback(self._close_journal)
             for capture in self._captures.values():
-                last.callback(capture.arena.close)
+                last.callback(capture.close)
             last.callback(self._stop, timeout_s)
+            if self._hook is not None:
+                last.callback(self._hook.remove)
 
     def _stop(self, timeout_s: float) -> None:
         idle = True
+        deadline = time.monotonic() + timeout_s
+        for capture in self._captures.values():
+            capture.stop_reading(max(0.0, deadline - time.monotonic()))
         if self._finalizer is not None:
-            idle = self._finalizer.close(timeout_s)
+            idle = self._finalizer.close(max(0.0, deadline - time.monotonic()))
             if not idle:
                 log.error("a save in flight did not end within %g s; it will be FAILED at the next start", timeout_s)
         elif self._leader is not None:
@@ -602,7 +629,7 @@ class CheckpointManager:
     def _spelled(self, call: str, first: int, step: int = 0, *options: int) -> str:
         """Arguments made by `_call` in words; of a manager only a fingerprint passes between ranks."""
         if call == "CheckpointManager":
-            return f"series, on_failure, when_busy, timeouts and permissions #{first:x}"
+            return f"series, on_failure, when_busy, capture, timeouts and permissions #{first:x}"
         words = [str(step - 1)] if step else []
         words += [f"series={list(self._series)[first - 1]!r}"]
         words += [f"{name}={bool(value)}" for name, value in zip(_CALLS[call], options, strict=False)]
@@ -630,6 +657,24 @@ class CheckpointManager:
             )
         if not heard and job.failure is not None and not job.failure_seen:
             self._hear([job])
+
+    def _finish_reading(self) -> None:
+        """Wait until no capture reads the state any more."""
+        for name, capture in self._captures.items():
+            if capture.reading is not None:
+                if not capture.reading.finish(self._timeouts.write_s):
+                    raise WaitTimeout(
+                        f"a capture of {name} still reads after {self._timeouts.write_s:g} s",
+                        what="the capture under way",
+                        timeout_s=self._timeouts.write_s,
+                    )
+                capture.reading = None
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if os.getpid() == self._pid:
+            for capture in self._captures.values():
+                if (reading := capture.reading) is not None:
+                    reading.before_step(optimizer)
 
     def _hear(self, failed: Sequence[Job]) -> None:
         failures = []

@@ -121,7 +121,10 @@ class Timeouts(_FromEnvironment):
     setup_s: float = _option(300.0, _seconds)
     """For every rank to be ready in the constructor, writer process included."""
     write_s: float = _option(1800.0, _seconds)
-    """For one rank's writer to write and sync one save; then it is killed and the save has failed."""
+    """
+    For one rank to read the state (with ``capture="overlap"``), write and sync one save; then its writer is
+    killed and the save has failed.
+    """
     gather_s: float = _option(60.0, _seconds)
     """Beyond write_s, for the slowest rank's status to reach rank 0; then that rank is silent."""
     collective_s: float = _option(600.0, _seconds)

@@ -4,27 +4,38 @@ The arena: host memory that a rank's captured tensors lie in, shared with its wr
 One anonymous memory file (memfd) per series and rank: one descriptor whatever the number of tensors,
 no name in /dev/shm to leak or to fill up, and gone with the last process that holds it. It is
 kept from save to save, so that only the first one pays for fresh pages, and laid out as the bytes
-will stand in the files, so that writing needs no second copy.
+will stand in the files, so that writing needs no second copy. For tensors on a GPU it is page-locked,
+so that the GPU copies by itself, on a stream of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from ckptmgr.writers.jobs import FileJob
 
+log = logging.getLogger("ckptmgr")
+
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; absent from the mmap module
 #: What a tensor's place in the arena is aligned to, in bytes: enough for every dtype and a cache line.
 ALIGNMENT = 64
+#: Bytes of a tensor that a GPU casts at a time: all that a cast takes of its memory, whatever the state's size.
+CAST_BYTES = 32 << 20
 _CGROUP = Path("/sys/fs/cgroup")
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU of this process
+
+_Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Arena:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._layout: Layout | None = None
         self._views: list[torch.Tensor] = []
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._tried_to_pin = self._pinned = False
 
     def adopt(self, layout: Layout) -> None:
         """
@@ -113,27 +126,69 @@ class Arena:
         ]
         self._layout = layout
 
-    @torch.no_grad()
     def capture(self, sources: Mapping[object, torch.Tensor]) -> None:
         """
         Copy every tensor of the layout from *sources*, each in one pass, cast to its dtype on the way.
 
         When this returns the sources may change; nothing is on disk yet.
         """
+        self.begin(sources)()
+
+    def begin(self, sources: Mapping[object, torch.Tensor]) -> Callable[[], None]:
+        """
+        Get ready for a capture without copying a byte.
+
+        A GPU's tensors are captured as they will be once all that was queued before this call has run.
+
+        Returns:
+            What does the copying, on any thread. Until it returns the sources must not change, and nobody
+            else may use the arena.
+        """
         assert self._layout is not None
-        plain: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        pairs: defaultdict[torch.device, _Pairs] = defaultdict(list)
         for copy, view in zip(self._layout.copies, self._views, strict=True):
             source = sources[copy.key].detach()
-            if source.dtype == view.dtype and source.device.type == "cpu":
-                plain[0].append(view)
-                plain[1].append(source)
-            else:
-                view.copy_(source)
-        if plain[0]:
-            torch._foreach_copy_(*plain)
+            pairs[source.device].append((view, source))
+        queued = {device: torch.cuda.current_stream(device).record_event() for device in pairs if device.type == "cuda"}
+        if queued:
+            self.pin()
+
+        @torch.no_grad()
+        def copy_all() -> None:
+            try:
+                events = [self._copy_from_gpu(device, queued[device], pairs[device]) for device in queued]
+                for device in pairs.keys() - queued.keys():
+                    _copy_here(pairs[device])
+                for event in events:
+                    event.synchronize()
+            except BaseException:
+                # What was queued still goes to memory that the caller takes for its own again.
+                self._wait_for_gpus()
+                raise
+
+        return copy_all
+
+    def pin(self) -> None:
+        """Lock the memory's pages, so that GPUs copy to it at full speed while the CPU goes on. Cheap if it is done."""
+        if self._tried_to_pin or self._map is None:
+            return
+        self._tried_to_pin = True
+        code = int(_cudart().cudaHostRegister(self._bytes.data_ptr(), self.size, _PORTABLE))
+        self._pinned = code == 0
+        if not self._pinned:
+            log.warning(
+                "cannot page-lock %d bytes (CUDA error %d): copies from the GPU will be slower", self.size, code
+            )
+            # CUDA keeps the error for whoever launches the next kernel, which must not be the training.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
 
     def close(self) -> None:
         """Give the memory back."""
+        if self._pinned:
+            self._wait_for_gpus()
+            _cudart().cudaHostUnregister(self._bytes.data_ptr())
+        self._tried_to_pin = self._pinned = False
         self._views = []
         self._layout = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -142,6 +197,69 @@ class Arena:
             self._map = None
             os.close(self.descriptor)
             self.descriptor, self.size = -1, 0
+
+    def _copy_from_gpu(self, device: torch.device, queued: torch.cuda.Event, pairs: _Pairs) -> torch.cuda.Event:
+        """Queue copies on a stream of our own, after *queued*; returns the event that says that they are done."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        as_they_are: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        others: _Pairs = []
+        for view, source in pairs:
+            if _is_same_bytes(view, source):
+                as_they_are[0].append(view)
+                as_they_are[1].append(source)
+            else:
+                others.append((view, source))
+        with torch.cuda.stream(stream):
+            stream.wait_event(queued)
+            if as_they_are[0]:
+                torch._foreach_copy_(*as_they_are, non_blocking=True)
+            for view, source in others:
+                for target, piece in _pieces(view, source):
+                    # Allocated on this stream and given back to it, so that the next piece reuses it in turn.
+                    cast = torch.empty(piece.shape, dtype=target.dtype, device=device)
+                    target.copy_(cast.copy_(piece), non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return event
+
+    def _wait_for_gpus(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _copy_here(pairs: _Pairs) -> None:
+    plain: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for view, source in pairs:
+        if source.dtype == view.dtype and source.device.type == "cpu":
+            plain[0].append(view)
+            plain[1].append(source)
+        else:
+            view.copy_(source)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
+
+
+def _is_same_bytes(view: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether *source* lies in memory exactly as it is to lie in *view*."""
+    return source.dtype == view.dtype and source.is_contiguous() and not source.is_conj() and not source.is_neg()
+
+
+def _pieces(view: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both in slices of at most `CAST_BYTES`, or of one element."""
+    if view.nbytes <= CAST_BYTES or not view.dim():
+        yield view, source
+    elif (rows := CAST_BYTES * len(view) // view.nbytes) > 0:
+        for start in range(0, len(view), rows):
+            yield view[start : start + rows], source[start : start + rows]
+    else:
+        for inner_view, inner_source in zip(view, source, strict=True):
+            yield from _pieces(inner_view, inner_source)
 
 
 def available_bytes() -> int:

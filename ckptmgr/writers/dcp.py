@@ -212,6 +212,11 @@ class DCPWriter:
             if item.type is not WriteItemType.BYTE_IO
         }
 
+    def watched(self, taken: Taken) -> list[tuple[str, torch.Tensor]]:
+        """The state's own tensors, by name: an update of a DTensor leaves the version of its local part alone."""
+        found = taken.planner.state_dict.items()
+        return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """
         Files made of values that are not tensors.

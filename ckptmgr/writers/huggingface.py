@@ -136,6 +136,7 @@ class Taken:
     order: list[str]
     pieces: list[Piece]
     tensors: dict[object, torch.Tensor]
+    originals: list[tuple[str, torch.Tensor]]
     modules: list[torch.nn.Module]
     signature: bytes
     per_rank_names: tuple[str, ...] = ()
@@ -233,7 +234,8 @@ class HuggingFaceWriter:
             raise InvalidArgument(f"two tensors are named {max(order, key=order.count)!r}")
         digest.update(repr(order).encode())
         modules = [value for value in shared.values() if isinstance(value, torch.nn.Module)]
-        return Taken(order, pieces, tensors, modules, digest.digest())
+        originals = [(one.name, one.tensor) for one in named.values()]
+        return Taken(order, pieces, tensors, originals, modules, digest.digest())
 
     def _published(self, named: Iterable[_Named]) -> Iterator[_Held]:
         """(published name, block, whole shape, may be tied, this rank's boxes) of every tensor to export."""
@@ -356,6 +358,10 @@ class HuggingFaceWriter:
     def sources(self, taken: Taken) -> Mapping[object, torch.Tensor]:
         """The tensors to capture, by the keys of the layout's copies."""
         return taken.tensors
+
+    def watched(self, taken: Taken) -> list[tuple[str, torch.Tensor]]:
+        """The state's own tensors, by name: an update of a DTensor leaves the version of its local part alone."""
+        return taken.originals
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """An export has no values besides tensors; rank 0 copies the configs that belong to them."""
