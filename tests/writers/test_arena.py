@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from one_rank import bits, dtypes, random_bits
 
+from ckptmgr.writers import arena as arenas
 from ckptmgr.writers.arena import Arena, Copy, Layout, aligned, runs_of_slice
 
 
@@ -97,6 +100,33 @@ def test_what_was_captured_does_not_change_with_its_source(arena):
     source.zero_()
 
     assert held(arena, layout.copies[0]) == bits(torch.ones(8))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (10, 6), (1, 100), (1, 2, 50), (3, 0, 5), (0,), (2, 3, 4, 5)], ids=str)
+def test_the_pieces_of_a_cast_are_all_of_it_and_none_is_too_large(monkeypatch, shape):
+    monkeypatch.setattr(arenas, "CAST_BYTES", 64)
+    source = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+    view = torch.full(shape, -1, dtype=torch.float32)
+    for target, piece in arenas._pieces(view, source):
+        assert target.nbytes <= 64
+        assert target.shape == piece.shape
+        target.copy_(piece)
+
+    assert torch.equal(view, source.float())
+
+
+def test_a_capture_is_read_by_whoever_calls_what_was_begun(arena):
+    """And as the sources are then: nothing was copied before."""
+    source = torch.ones(8)
+    layout = layout_of({"a": source})
+    arena.adopt(layout)
+    copy = arena.begin({"a": source})
+    source.fill_(2)
+    thread = threading.Thread(target=copy)
+    thread.start()
+    thread.join(20)
+
+    assert held(arena, layout.copies[0]) == bits(torch.full((8,), 2.0))
 
 
 def test_constants_stand_in_place_and_survive_captures(arena):
