@@ -62,16 +62,20 @@ class Reading:
 
     def conclude(self) -> None:
         """
-        Once all is read: look for changes a last time. What changes from now on is of no concern.
+        Once all is read: look for changes. What changes from now on is of no concern.
 
-        An operation raises a counter when it ends. Called by a thread that does updates it leaves none out;
-        called by another one, those that have taken until now.
+        An operation raises a counter when it ends. Called by a thread that does updates this leaves none out;
+        called by another one, only those that have not ended until now, so that one calls late.
         """
         with self._changing:
-            if not self._is_concluded:
-                self._look()
-                self._is_concluded = True
-                self._marks = []
+            if self._is_concluded:
+                return
+            names = [name for name, tensor, mark in self._marks if _mark(tensor) != mark]
+            if self.error is None and names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                self.error = _changed(f"{', '.join(names[:_NAMED])}{more} changed")
+            self._is_concluded = True
+            self._marks = []
 
     def finish(self, timeout_s: float) -> bool:
         """`wait` and `conclude`; returns whether it was read in time."""
@@ -108,18 +112,9 @@ class Reading:
             log.exception("a capture failed while it was reading")
             with self._changing:
                 self.error = self.error or error
-        with self._changing:
-            if not self._is_concluded:
-                self._look()
-        # The tensors it held may go now; the marks hold those that can still be compared.
         self._copy = None
         self.seconds = time.monotonic() - started
         self._is_read.set()
-
-    def _look(self) -> None:
-        if self.error is None and (names := [name for name, tensor, mark in self._marks if _mark(tensor) != mark]):
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            self.error = _changed(f"{', '.join(names[:_NAMED])}{more} changed")
 
     def _reads_of(self, optimizer: torch.optim.Optimizer) -> bool:
         places = {_place(tensor) for _, tensor, _ in self._marks}

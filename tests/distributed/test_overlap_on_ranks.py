@@ -85,13 +85,15 @@ def test_an_update_on_one_rank_fails_the_save_on_all_and_the_next_one_works(here
 
 
 @on_ranks(2)
-def test_a_dtensor_that_is_changed_in_place_is_seen(here: Here) -> None:
-    state = {"model": sharded(mixture_of_experts(0))}
+@pytest.mark.parametrize("is_local", [False, True])
+def test_a_dtensor_that_is_changed_in_place_is_seen(here: Here, is_local: bool) -> None:
+    parameter = next(sharded(mixture_of_experts(0)).parameters())
+    state = {"t": parameter.detach()}
     with manager_on(here, capture="overlap") as manager:
         with held_captures() as gate:
             manager.save(1, state)
             with torch.no_grad():
-                next(state["model"].parameters()).mul_(2)
+                (state["t"].to_local() if is_local else parameter).mul_(2)
             gate.open()
             failure = hear_alike(here, manager)
         assert [one.rank for one in failure.failures] == [0, 1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from held_captures import Gate, held_captures
-from opened_managers import Open
+from opened_managers import Open, Pause
 from tiny_models import perceptron, same, train_step, whole_state
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -174,26 +174,19 @@ def test_an_update_that_does_not_wait_fails_the_save_and_the_next_one_works(
     assert _states(run_dir) == {1: CheckpointState.FAILED, 2: CheckpointState.COMMITTED}
 
 
-def test_an_update_that_ends_after_the_capture_is_seen(open_manager: Open, gate: Gate) -> None:
-    """An operation raises the counter when it ends, which may be when all is read; so one looks again at the end."""
+def test_an_update_that_ends_after_the_capture_is_seen(
+    open_manager: Open, gate: Gate, paused_writer: Pause, run_dir: Path
+) -> None:
+    """An operation raises the counter when it ends, and what it does may have begun while the state was read."""
     tensor = torch.zeros(8)
+    gate.open()
     with open_manager(capture="overlap") as manager:
-        capture = manager._captures["checkpoint"]
-        pending = manager.save(1, {"t": tensor})
-        assert gate.reached.wait(20)
-        reading = capture.reading
-        assert reading is not None
-        look, is_first = reading._look, True
-
-        def look_and_then_update() -> None:
-            nonlocal is_first
-            look()
-            if is_first:
-                is_first = False
-                tensor.add_(1)
-
-        reading._look = look_and_then_update  # type: ignore[method-assign]
-        gate.open()
+        with paused_writer(manager):
+            pending = manager.save(1, {"t": tensor})
+            reading = manager._captures["checkpoint"].reading
+            assert reading is not None
+            assert reading.wait(20)
+            tensor.add_(1)
         _refused(pending)
 
 
@@ -260,6 +253,23 @@ def test_resuming_waits_until_the_state_is_read(open_manager: Open, gate: Gate) 
         assert torch.equal(tensor, torch.full((100,), 2.0))
         assert pending is not None
         assert pending.done()
+
+
+def test_resuming_waits_until_another_series_has_read_the_state(open_manager: Open, gate: Gate) -> None:
+    model = perceptron(1)
+    series = [Series("checkpoint", DCP()), Series("hf", HuggingFace())]
+    with open_manager(capture="overlap", series=series) as manager:
+        gate.open()
+        first = manager.save(1, {"model": perceptron(2)})
+        assert first is not None
+        first.wait()
+        gate.shut()
+        export = manager.save(1, {"model": model}, "hf")
+        threading.Timer(0.2, gate.open).start()
+        manager.resume({"model": model})
+        assert same(whole_state(model), whole_state(perceptron(2)))
+        assert export is not None
+        export.wait()
 
 
 def test_closing_waits_for_what_is_read(open_manager: Open, gate: Gate, run_dir: Path) -> None:
