@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.commit import Job
@@ -122,7 +122,7 @@ class Capture:
             small, report = self._writer.small_files(taken, self._ranks.rank)
             copy = self.arena.begin(sources := self._writer.sources(taken))
             if overlap:
-                reading = self._reading(copy, [*self._writer.watched(taken), *_named(sources)])
+                reading = self._reading(copy, _watched(self._writer.watched(taken), sources))
             if reading is None:
                 copy()
             files = (*self._layout.files, *small)
@@ -161,6 +161,9 @@ class Capture:
         return reading
 
 
-def _named(sources: Mapping[object, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, tensor in sources.items():
-        yield str(getattr(key, "fqn", key)), tensor
+def _watched(
+    state: list[tuple[str, torch.Tensor]], sources: Mapping[object, torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
+    """The state's own tensors, and those that are read where they are others."""
+    own = {id(tensor) for _, tensor in state}
+    return state + [(str(key), tensor) for key, tensor in sources.items() if id(tensor) not in own]

@@ -20,10 +20,12 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItemType
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from ckptmgr import reach
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
@@ -76,11 +79,31 @@ class Taken:
     ``per_rank_names`` are those of the per-rank state that binds the checkpoint to its number of ranks.
     """
 
-    planner: DefaultSavePlanner
     plan: SavePlan
+    in_pieces: frozenset[str]
+    tensors: dict[object, torch.Tensor]
+    watched: list[tuple[str, torch.Tensor]]
     objects: dict[MetadataIndex, bytes]
     per_rank: bytes | None
     per_rank_names: tuple[str, ...]
+    mappings: _Mappings
+    signature: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """
+    What planning found out about a state of one *shape*; it holds for every state of that shape.
+
+    *in_pieces* are the tensors of which this rank has several pieces, *names* are of all tensors in the order
+    of the state, *values* say where everything else stands.
+    """
+
+    shape: list[Any] | None
+    plan: SavePlan
+    in_pieces: frozenset[str]
+    names: list[str]
+    values: list[tuple[MetadataIndex, tuple[Any, ...]]]
     mappings: _Mappings
     signature: bytes
 
@@ -97,6 +120,8 @@ class DCPWriter:
 
     def __init__(self) -> None:
         self._mine: SavePlan | None = None
+        self._known: _Known | None = None
+        self._in_pieces: frozenset[str] = frozenset()
         self._metadata: Metadata | None = None
         self._tensor_places: dict[MetadataIndex, _StorageInfo] = {}
         self._objects_of: list[list[MetadataIndex]] = []
@@ -109,37 +134,32 @@ class DCPWriter:
             InvalidArgument: Not a mapping from names, or a value that could not be read back safely.
         """
         shared, per_rank = states.split(state)
-        planner = DefaultSavePlanner()
         state_dicts = states.take(shared)
-        try:
-            planner.set_up_planner(state_dicts, is_coordinator=rank == 0)
-        except RecursionError as error:
-            raise _too_deep() from error
-        if max(map(len, planner.mappings.values()), default=0) > MAX_PATH_PARTS:
-            raise _too_deep()
-        plan = planner.create_local_plan()
-        digest = hashlib.blake2b(digest_size=16)
-        for item in plan.items:
-            data = item.tensor_data
-            if data is not None:
-                _check_dense(item.index.fqn, planner.lookup_object(item.index))
-            about = (data.properties.dtype, data.size, data.chunk.sizes) if data is not None else ()
-            digest.update(repr((item.index, item.type, about)).encode())
-        digest.update(repr(sorted(per_rank)).encode())
-        strict = (torch.nn.Module, torch.optim.Optimizer)
-        mappings = _Mappings.of({name: d for name, d in state_dicts.items() if not isinstance(shared[name], strict)})
+        strict = {name for name, value in shared.items() if isinstance(value, torch.nn.Module | torch.optim.Optimizer)}
+        tensors: list[torch.Tensor] = []
+        shape = _shape([sorted(strict), sorted(per_rank)], state_dicts, tensors)
+        known = self._known
+        found: dict[object, torch.Tensor]
+        if known is not None and shape is not None and known.shape == shape:
+            watched = list(zip(known.names, tensors, strict=True))
+            found = {name: tensor._local_tensor if type(tensor) is DTensor else tensor for name, tensor in watched}
+        else:
+            self._known = None
+            known, found, watched = _look(state_dicts, strict, per_rank, rank, shape)
+            if shape is not None:
+                self._known = known
         objects = {
-            item.index: states.dump(planner.lookup_object(item.index), f"state {item.index.fqn!r}")
-            for item in plan.items
-            if item.type is WriteItemType.BYTE_IO
+            index: states.dump(functools.reduce(operator.getitem, path, state_dicts), f"state {index.fqn!r}")
+            for index, path in known.values
         }
         own = {name: value.take() for name, value in per_rank.items()}
         blob = states.dump(own, "per-rank state") if own else None
         bound = tuple(sorted(name for name, value in per_rank.items() if value.when_resized == "refuse"))
-        return Taken(planner, plan, objects, blob, bound, mappings, digest.digest())
+        return Taken(known.plan, known.in_pieces, found, watched, objects, blob, bound, known.mappings, known.signature)
 
     def local_plan(self, taken: Taken) -> tuple[SavePlan, dict[MetadataIndex, bytes]]:
         """What rank 0 must know of this rank to plan: PyTorch's plan, and a digest of each value."""
+        self._in_pieces = taken.in_pieces
         digests = {index: hashlib.blake2b(data, digest_size=8).digest() for index, data in taken.objects.items()}
         return taken.plan, digests
 
@@ -187,7 +207,14 @@ class DCPWriter:
             shape = tuple(item.tensor_data.chunk.sizes)
             archive = _archive(item.tensor_data.properties.dtype, shape)
             constants += [(start + offset, data) for offset, data in archive.constants]
-            copies.append(Copy(item.index, start + archive.data_offset, item.tensor_data.properties.dtype, shape))
+            copies.append(
+                Copy(
+                    _key(item.index, self._in_pieces),
+                    start + archive.data_offset,
+                    item.tensor_data.properties.dtype,
+                    shape,
+                )
+            )
             places.append((item.index, _StorageInfo(name, start, archive.length)))
             end = start + archive.length
         files = (FileJob(name, end, own=True, segments=(Segment(0, 0, end),)),) if copies else ()
@@ -205,17 +232,11 @@ class DCPWriter:
 
     def sources(self, taken: Taken) -> dict[object, torch.Tensor]:
         """The tensors to capture, by the keys of the layout's copies."""
-        assert self._mine is not None
-        return {
-            item.index: _local(taken.planner.resolve_data(item))
-            for item in self._mine.items
-            if item.type is not WriteItemType.BYTE_IO
-        }
+        return taken.tensors
 
     def watched(self, taken: Taken) -> list[tuple[str, torch.Tensor]]:
         """The state's own tensors, by name: an update of a DTensor leaves the version of its local part alone."""
-        found = taken.planner.state_dict.items()
-        return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+        return taken.watched
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """
@@ -259,6 +280,98 @@ class DCPWriter:
             self._metadata, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
         )
         yield INDEX_NAME, pickle.dumps(metadata)
+
+
+def _look(
+    state_dicts: dict[str, Any], strict: set[str], names_per_rank: Iterable[str], rank: int, shape: Any
+) -> tuple[_Known, dict[object, torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    """What is known of a state from now on, its tensors by the keys of copies, and as they are to be watched."""
+    planner = DefaultSavePlanner()
+    try:
+        planner.set_up_planner(state_dicts, is_coordinator=rank == 0)
+    except RecursionError as error:
+        raise _too_deep() from error
+    if max(map(len, planner.mappings.values()), default=0) > MAX_PATH_PARTS:
+        raise _too_deep()
+    plan = planner.create_local_plan()
+    digest = hashlib.blake2b(digest_size=16)
+    for item in plan.items:
+        data = item.tensor_data
+        if data is not None:
+            _check_dense(item.index.fqn, planner.lookup_object(item.index))
+        about = (data.properties.dtype, data.size, data.chunk.sizes) if data is not None else ()
+        digest.update(repr((item.index, item.type, about)).encode())
+    digest.update(repr(sorted(names_per_rank)).encode())
+    mappings = _Mappings.of({name: below for name, below in state_dicts.items() if name not in strict})
+    others = [item.index for item in plan.items if item.type is WriteItemType.BYTE_IO]
+    values = list(zip(others, _own_keys(state_dicts, [planner.mappings[index.fqn] for index in others]), strict=True))
+    watched = [(name, value) for name, value in planner.state_dict.items() if isinstance(value, torch.Tensor)]
+    pieces = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+    counts = Counter(item.index.fqn for item in pieces)
+    in_pieces = frozenset(name for name, count in counts.items() if count > 1)
+    tensors = {_key(item.index, in_pieces): _local(planner.resolve_data(item)) for item in pieces}
+    known = _Known(shape, plan, in_pieces, [name for name, _ in watched], values, mappings, digest.digest())
+    return known, tensors, watched
+
+
+def _own_keys(state_dicts: Mapping[str, Any], paths: Iterable[_Path]) -> Iterator[tuple[Any, ...]]:
+    """PyTorch's *paths* with the keys that the mappings have themselves, some of them integers."""
+    by_name: dict[int, dict[str, Any]] = {}
+    for path in paths:
+        own: list[Any] = []
+        value: Any = state_dicts
+        for part in path:
+            if isinstance(value, Mapping) and part not in value:
+                names = by_name.get(id(value)) or by_name.setdefault(id(value), {str(key): key for key in value})
+                part = names[str(part)]  # noqa: PLW2901
+            own.append(part)
+            value = value[part]
+        yield tuple(own)
+
+
+def _key(index: MetadataIndex, in_pieces: Collection[str]) -> object:
+    """What a copy is known by: a name where that is enough, which is hashed once and for all."""
+    return index if index.fqn in in_pieces else index.fqn
+
+
+def _shape(about: list[Any], state_dicts: Mapping[str, Any], tensors: list[torch.Tensor]) -> list[Any] | None:
+    """
+    All of a state that planning depends on, in a form that is quickly compared; None if that cannot be told.
+
+    Its tensors are appended to *tensors*, in the order in which PyTorch finds them.
+    """
+
+    def look(value: Any) -> None:
+        kind = type(value)
+        if kind in (torch.Tensor, torch.nn.Parameter):
+            tensors.append(value)
+            about.append((value.dtype, value.shape, value.layout, value.is_meta, value.is_quantized))
+        elif kind is DTensor:
+            local = value._local_tensor
+            if type(local) is not torch.Tensor:
+                raise TypeError
+            tensors.append(value)
+            about.append((value.device_mesh, value.placements, value.shape, local.dtype, local.shape, local.layout))
+            about.append((local.is_meta, local.is_quantized))
+        elif isinstance(value, torch.Tensor):
+            raise TypeError
+        elif isinstance(value, Mapping):
+            keys = tuple(value)
+            about.append((keys, tuple(map(type, keys))))
+            for below in value.values():
+                look(below)
+        elif isinstance(value, list) and any(isinstance(below, torch.Tensor | Mapping | list) for below in value):
+            about.append(len(value))
+            for below in value:
+                look(below)
+        else:
+            about.append(None)  # stored as it is now, whatever it is
+
+    try:
+        look(state_dicts)
+    except (TypeError, RecursionError):
+        return None
+    return about
 
 
 def _check_copies(plans: Sequence[SavePlan]) -> None:

@@ -15,10 +15,12 @@ import torch
 import torch.distributed.checkpoint as stock
 from one_rank import OneRank, dtypes, random_bits, read, same_bits
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.options import WriterOptions
+from ckptmgr.writers import archives
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.process import WriterProcess
 from ckptmgr.writers.state import PerRank
@@ -316,3 +318,57 @@ def test_a_damaged_file_is_a_corrupt_checkpoint(rank, tmp_path, name, damage):
     expected = (CorruptCheckpoint, StateMismatch) if (name, damage) == ("per-rank-0.pt", "gone") else CorruptCheckpoint
     with pytest.raises(expected):
         read(tmp_path, {"a": torch.zeros(50), "step": 0, "loader": PerRank(0)})
+
+
+class Flags(dict[str, Any]):
+    """A mapping of another type."""
+
+
+def _states_that_follow_each_other() -> list[dict[str, Any]]:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    return [
+        {"a": torch.zeros(2), "b": {"c": [torch.zeros(1), 1], 3: "three"}, "loss": [1.0]},
+        {"a": torch.ones(2), "b": {"c": [torch.ones(1), 2], 3: "drei"}, "loss": [1.0, 2.0]},
+        {"a": torch.ones(2), "b": {"c": [torch.ones(1), 2], "3": "drei"}, "loss": []},
+        {"a": torch.ones(2), "b": {"c": [torch.ones(1), [2]], 3: "drei"}, "loss": None},
+        {"a": torch.ones(2), "b": Flags(c=[torch.ones(1), {}]), "loss": None},
+        {"a": torch.ones(2, dtype=torch.int64), "b": {"c": [1, torch.ones(1)]}, "loss": (torch.ones(1),)},
+        {"a": torch.ones(2, 1), "b": {}, "loss": 1},
+        {"b": {}, "a": torch.ones(2, 1), "loss": 2, "rank": PerRank(1)},
+        {"a": parameter, "m": torch.nn.Linear(2, 2)},
+        {"a": parameter.data, "m": torch.nn.Linear(2, 2).state_dict()},
+        {"a": "a", "m": torch.nn.Linear(2, 2)},
+    ]
+
+
+@pytest.mark.parametrize("first", range(11))
+def test_what_is_known_of_one_state_is_never_said_of_another(first):
+    """Whatever was saved before, a state is taken as if it were the first."""
+    states = _states_that_follow_each_other()
+    for second in states:
+        writer = DCP().writer()
+        writer.take(states[first], 0)
+        again, alone = writer.take(second, 0), DCP().writer().take(second, 0)
+
+        assert again.signature == alone.signature
+        assert [item.index for item in again.plan.items] == [item.index for item in alone.plan.items]
+        assert (again.objects, again.per_rank, again.mappings) == (alone.objects, alone.per_rank, alone.mappings)
+        assert again.tensors.keys() == alone.tensors.keys()
+        assert all(same_bits(again.tensors[key], tensor) for key, tensor in alone.tensors.items())
+        assert [name for name, _ in again.watched] == [name for name, _ in alone.watched]
+
+
+def test_a_state_of_the_same_shape_is_not_planned_anew(monkeypatch):
+    writer = DCP().writer()
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "optimizer": optimizer, "step": 1, "losses": [1.0]}
+    writer.take(state, 0)
+    monkeypatch.setattr(DefaultSavePlanner, "create_local_plan", lambda _: pytest.fail("planned anew"))
+    optimizer.step()
+    taken = writer.take(state | {"step": 2, "losses": [1.0, 2.0]}, 0)
+
+    assert archives.load(archives.Source(taken.objects[MetadataIndex("step")]), "step") == 2
+    assert taken.tensors["model.weight"].data_ptr() == model.weight.data_ptr()
