@@ -120,11 +120,15 @@ class Capture:
         try:
             self.arena.adopt(self._layout)
             small, report = self._writer.small_files(taken, self._ranks.rank)
-            copy = self.arena.begin(sources := self._writer.sources(taken))
+            sources = self._writer.sources(taken)
             if overlap:
+                # Aliases: a parameter whose data is replaced meanwhile is read from the memory that it had.
+                copy = self.arena.begin({key: tensor.detach() for key, tensor in sources.items()})
                 reading = self._reading(copy, _watched(self._writer.watched(taken), sources))
-            if reading is None:
-                copy()
+                if reading is None:
+                    copy()
+            else:
+                self.arena.capture(sources)
             files = (*self._layout.files, *small)
         except Exception as error:
             log.exception("capturing %s step %d failed", self._series.name, step)

@@ -32,6 +32,10 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; absent from the mmap mo
 ALIGNMENT = 64
 #: Bytes of a tensor that a GPU casts at a time: all that a cast takes of its memory, whatever the state's size.
 CAST_BYTES = 32 << 20
+#: Tensors of at most so many bytes leave a GPU together: to begin a copy of each would take longer than to make it.
+SMALL_BYTES = 64 << 10
+#: Bytes of a GPU's memory in which they are put together, and bytes of the arena that are copied in one.
+BATCH_BYTES = 16 << 20
 _CGROUP = Path("/sys/fs/cgroup")
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU of this process
 
@@ -66,6 +70,36 @@ class Layout:
     files: tuple[FileJob, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """
+    Small tensors that lie near each other in the arena, from *start* to *end*, and are copied there in one.
+
+    Args:
+        start: Where the first of them lies in the arena.
+        end: Where the last one ends.
+        indexes: Which copies of the layout they are.
+        image: As many bytes of a buffer on the GPU.
+        views: Where each of them lies in there.
+        has_gaps: Whether there are bytes in between that are not theirs, and must stay.
+    """
+
+    start: int
+    end: int
+    indexes: tuple[int, ...]
+    image: torch.Tensor
+    views: list[torch.Tensor]
+    has_gaps: bool
+
+    def copy(self, arena: torch.Tensor, found: Sequence[torch.Tensor]) -> None:
+        """Queue what copies them from *found*, all sources by index, to the *arena*'s bytes."""
+        target = arena[self.start : self.end]
+        if self.has_gaps:
+            self.image.copy_(target, non_blocking=True)
+        torch._foreach_copy_(self.views, [found[index] for index in self.indexes])
+        target.copy_(self.image, non_blocking=True)
+
+
 class Arena:
     """
     Memory for one series of one rank.
@@ -84,6 +118,7 @@ class Arena:
         self._layout: Layout | None = None
         self._views: list[torch.Tensor] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._batches: tuple[torch.device, list[int], list[Batch]] | None = None
         self._tried_to_pin = self._pinned = False
 
     def adopt(self, layout: Layout) -> None:
@@ -95,7 +130,7 @@ class Arena:
         """
         if layout is self._layout:
             return
-        self._layout = None
+        self._layout = self._batches = None
         self._views = []
         if layout.size > self.size:
             self.close()
@@ -145,26 +180,34 @@ class Arena:
             else may use the arena.
         """
         assert self._layout is not None
-        pairs: defaultdict[torch.device, _Pairs] = defaultdict(list)
-        for copy, view in zip(self._layout.copies, self._views, strict=True):
-            source = sources[copy.key].detach()
-            pairs[source.device].append((view, source))
-        queued = {device: torch.cuda.current_stream(device).record_event() for device in pairs if device.type == "cuda"}
+        found = [sources[copy.key] for copy in self._layout.copies]
+        on: defaultdict[torch.device, list[int]] = defaultdict(list)
+        for index, source in enumerate(found):
+            on[source.device].append(index)
+        queued = {device: torch.cuda.current_stream(device).record_event() for device in on if device.type == "cuda"}
         if queued:
             self.pin()
+        views, copies = self._views, self._layout.copies
 
         @torch.no_grad()
         def copy_all() -> None:
+            here = [index for device in on if device not in queued for index in on[device]]
+            # The small ones first: they may stand between others that come from the GPU together.
+            _copy_here([(views[index], found[index]) for index in here if copies[index].nbytes <= SMALL_BYTES])
             try:
-                events = [self._copy_from_gpu(device, queued[device], pairs[device]) for device in queued]
-                for device in pairs.keys() - queued.keys():
-                    _copy_here(pairs[device])
+                events = [
+                    self._copy_from_gpu(device, event, on[device], found, is_alone=len(queued) == 1)
+                    for device, event in queued.items()
+                ]
+                _copy_here([(views[index], found[index]) for index in here if copies[index].nbytes > SMALL_BYTES])
                 for event in events:
                     event.synchronize()
             except BaseException:
                 # What was queued still goes to memory that the caller takes for its own again.
                 self._wait_for_gpus()
                 raise
+            finally:
+                found.clear()
 
         return copy_all
 
@@ -190,7 +233,7 @@ class Arena:
             _cudart().cudaHostUnregister(self._bytes.data_ptr())
         self._tried_to_pin = self._pinned = False
         self._views = []
-        self._layout = None
+        self._layout = self._batches = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
         if self._map is not None:
             self._map.close()
@@ -198,21 +241,38 @@ class Arena:
             os.close(self.descriptor)
             self.descriptor, self.size = -1, 0
 
-    def _copy_from_gpu(self, device: torch.device, queued: torch.cuda.Event, pairs: _Pairs) -> torch.cuda.Event:
-        """Queue copies on a stream of our own, after *queued*; returns the event that says that they are done."""
+    def _copy_from_gpu(
+        self,
+        device: torch.device,
+        queued: torch.cuda.Event,
+        indexes: list[int],
+        found: list[torch.Tensor],
+        *,
+        is_alone: bool,
+    ) -> torch.cuda.Event:
+        """
+        Queue copies on a stream of our own, after *queued*; returns the event that says that they are done.
+
+        Unless this GPU *is_alone*, another one may write between its tensors, and none of them go together.
+        """
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._streams[device]
-        as_they_are: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        others: _Pairs = []
-        for view, source in pairs:
-            if _is_same_bytes(view, source):
-                as_they_are[0].append(view)
-                as_they_are[1].append(source)
-            else:
-                others.append((view, source))
         with torch.cuda.stream(stream):
             stream.wait_event(queued)
+            mine = self._batches_of(device, indexes) if is_alone else []
+            batched = {index for batch in mine for index in batch.indexes}
+            as_they_are: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+            others: _Pairs = []
+            for index in indexes:
+                if index in batched:
+                    continue
+                view, source = self._views[index], found[index]
+                if _is_same_bytes(view, source):
+                    as_they_are[0].append(view)
+                    as_they_are[1].append(source)
+                else:
+                    others.append((view, source))
             if as_they_are[0]:
                 torch._foreach_copy_(*as_they_are, non_blocking=True)
             for view, source in others:
@@ -220,9 +280,20 @@ class Arena:
                     # Allocated on this stream and given back to it, so that the next piece reuses it in turn.
                     cast = torch.empty(piece.shape, dtype=target.dtype, device=device)
                     target.copy_(cast.copy_(piece), non_blocking=True)
+            for batch in mine:
+                batch.copy(self._bytes, found)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
         return event
+
+    def _batches_of(self, device: torch.device, indexes: list[int]) -> list[Batch]:
+        """The small ones of *indexes* in batches; kept, with their buffer, until others come."""
+        assert self._layout is not None
+        if self._batches is None or self._batches[:2] != (device, indexes):
+            self._batches = None
+            buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=device)
+            self._batches = (device, indexes, batches(self._layout.copies, indexes, buffer))
+        return self._batches[2]
 
     def _wait_for_gpus(self) -> None:
         for stream in self._streams.values():
@@ -243,6 +314,44 @@ def _copy_here(pairs: _Pairs) -> None:
             view.copy_(source)
     if plain[0]:
         torch._foreach_copy_(*plain)
+
+
+def batches(copies: Sequence[Copy], indexes: Sequence[int], buffer: torch.Tensor) -> list[Batch]:
+    """
+    Put small copies together that are near each other; those that are alone or large are left out.
+
+    Args:
+        copies: All of the layout.
+        indexes: Which of them come from this GPU.
+        buffer: `BATCH_BYTES` of its memory, for one batch after the other.
+    """
+    found: list[Batch] = []
+    members: list[int] = []
+
+    def finish() -> None:
+        if len(members) > 1:
+            start = copies[members[0]].offset
+            end = copies[members[-1]].offset + copies[members[-1]].nbytes
+            first = start % ALIGNMENT
+            places = [(copies[index], first + copies[index].offset - start) for index in members]
+            views = [buffer[at : at + copy.nbytes].view(copy.dtype).view(copy.shape) for copy, at in places]
+            has_gaps = sum(copy.nbytes for copy, _ in places) < end - start
+            found.append(Batch(start, end, tuple(members), buffer[first : first + end - start], views, has_gaps))
+        members.clear()
+
+    for index in sorted(indexes, key=lambda index: copies[index].offset):
+        copy = copies[index]
+        if not 0 < copy.nbytes <= SMALL_BYTES:
+            continue
+        if members:
+            last = copies[members[-1]]
+            begin = copies[members[0]].offset // ALIGNMENT * ALIGNMENT
+            # What lies between two of them is small as well, or somebody else may be writing there.
+            if copy.offset - last.offset - last.nbytes > SMALL_BYTES or copy.offset + copy.nbytes - begin > BATCH_BYTES:
+                finish()
+        members.append(index)
+    finish()
+    return found
 
 
 def _is_same_bytes(view: torch.Tensor, source: torch.Tensor) -> bool:

@@ -41,6 +41,8 @@ def _adopt(arena: Arena, tensors: dict[str, torch.Tensor], **dtypes: torch.dtype
 
 def _held(arena: Arena, copy: Copy) -> torch.Tensor:
     data = bytearray(os.pread(arena.descriptor, copy.nbytes, copy.offset))
+    if not data:
+        return torch.empty(copy.shape, dtype=copy.dtype)
     return torch.frombuffer(data, dtype=copy.dtype).view(copy.shape)
 
 
@@ -65,6 +67,24 @@ def test_a_capture_from_the_gpu_holds_the_same_values_in_memory_that_is_pinned(a
     assert all(view.is_pinned() for view in arena._views if view.numel())
     for copy in layout.copies:
         assert torch.equal(_held(arena, copy), tensors[str(copy.key)].cpu().resolve_conj().resolve_neg()), copy.key
+
+
+def test_thousands_of_small_tensors_arrive_beside_large_ones_and_those_of_the_cpu(arena: Arena) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(3000):
+        tensors[f"{number}"] = torch.randn(number % 50, device="cuda")
+        tensors[f"{number} on the CPU"] = torch.randn(3)
+        if number % 100 == 0:
+            tensors[f"{number} large"] = torch.randn(100_000, device="cuda")
+            tensors[f"{number} large, on the CPU"] = torch.randn(100_000)
+    layout = _adopt(arena, tensors, **{f"{number}": torch.bfloat16 for number in range(0, 3000, 7)})
+    for _ in range(3):
+        arena.capture(tensors)
+        for copy in layout.copies:
+            assert torch.equal(_held(arena, copy), tensors[str(copy.key)].to(copy.dtype).cpu()), copy.key
+        torch._foreach_add_(list(tensors.values()), 1)
+    assert arena._batches is not None
+    assert sum(len(batch.indexes) for batch in arena._batches[2]) > 2000
 
 
 def test_a_cast_takes_place_on_the_gpu_piece_by_piece(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,42 @@ def test_the_pieces_of_a_cast_are_all_of_it_and_none_is_too_large(monkeypatch, s
     assert torch.equal(view, source.float())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_of_small_tensors_arrive_and_change_nothing_between_them(monkeypatch, seed):
+    """The buffer that stands on a GPU in earnest is on the CPU here."""
+    monkeypatch.setattr(arenas, "SMALL_BYTES", 256)
+    monkeypatch.setattr(arenas, "BATCH_BYTES", 2048)
+    random = torch.Generator().manual_seed(seed)
+    copies, sources, end = [], [], 0
+    for index in range(120):
+        length = int(torch.randint(0, 3000, (1,), generator=random)) if index % 9 == 0 else index % 40
+        dtype = [torch.float32, torch.bfloat16, torch.int64, torch.uint8][index % 4]
+        offset = aligned(end, [8, 64][index % 2]) + [0, 72, 320][index % 3]
+        copies.append(Copy(index, offset, dtype, (length,)))
+        sources.append(torch.randint(0, 100, (length,), generator=random).float())
+        end = offset + copies[-1].nbytes
+    memory = torch.randint(0, 256, (end,), dtype=torch.uint8, generator=random)
+    expected = memory.clone()
+    buffer = torch.zeros(2048, dtype=torch.uint8)
+    mine = [index for index in range(120) if index % 7]
+    found = arenas.batches(copies, mine, buffer)
+    for batch in found:
+        batch.copy(memory, sources)
+
+    together = [index for batch in found for index in batch.indexes]
+    assert len(together) == len(set(together)) > 50
+    assert set(together) <= set(mine)
+    assert all(len(batch.indexes) > 1 and batch.end - batch.start <= 2048 for batch in found)
+    for index in together:
+        copy = copies[index]
+        assert copy.nbytes <= 256
+        expected[copy.offset : copy.offset + copy.nbytes].view(copy.dtype).copy_(sources[index])
+    assert torch.equal(memory, expected)
+    # Large ones of somebody else are never between two of a batch, where they would be written over.
+    for batch in found:
+        assert not any(batch.start < c.offset < batch.end and c.nbytes > 256 for c in copies)
+
+
 def test_a_capture_is_read_by_whoever_calls_what_was_begun(arena):
     """And as the sources are then: nothing was copied before."""
     source = torch.ones(8)
