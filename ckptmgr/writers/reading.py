@@ -21,6 +21,7 @@ from ckptmgr.errors import StateChanged
 
 log = logging.getLogger("ckptmgr")
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 #: Names of changed tensors that an error lists.
 _NAMED = 3
 
@@ -117,21 +118,26 @@ class Reading:
         self._is_read.set()
 
     def _reads_of(self, optimizer: torch.optim.Optimizer) -> bool:
-        places = {_place(tensor) for _, tensor, _ in self._marks}
+        places = {_storage(tensor) for _, tensor, _ in self._marks}
         parameters = (tensor for group in optimizer.param_groups for tensor in group["params"])
         states = (state.values() for state in optimizer.state.values() if isinstance(state, Mapping))
         tensors = itertools.chain(parameters, itertools.chain.from_iterable(states))
-        return any(isinstance(one, torch.Tensor) and one.numel() and _place(one) in places for one in tensors)
+        return any(isinstance(one, torch.Tensor) and one.numel() and _storage(one) in places for one in tensors)
 
 
-def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _mark(tensor: torch.Tensor) -> tuple[int, int]:
     """What tells that a tensor was changed, or its memory taken away."""
-    return tensor._version, *_place(tensor)
+    return tensor._version, (tensor if type(tensor) in _PLAIN else _local(tensor)).data_ptr()
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _storage(tensor: torch.Tensor) -> int:
+    return _local(tensor).untyped_storage().data_ptr()
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """What a DTensor has on this rank, whose own memory it says nothing of."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
 
 
 def _changed(what: str) -> StateChanged:
