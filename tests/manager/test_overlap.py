@@ -354,6 +354,28 @@ def test_the_state_lives_until_it_is_read_and_no_longer(open_manager: Open, gate
         assert torch.equal(_resumed(manager, {"t": torch.zeros(100)}, 1)["t"], torch.arange(100.0))
 
 
+def test_memory_that_a_tensor_had_is_read_whatever_it_has_now(open_manager: Open, gate: Gate) -> None:
+    """The module's own is another one then, and what was captured is whole; a tensor given by itself has changed."""
+    model, tensor = perceptron(1), torch.ones(10)
+    with open_manager(capture="overlap") as manager:
+        for step, state in ((1, {"model": model}), (2, {"t": tensor})):
+            gate.shut()
+            pending = manager.save(step, state)
+            assert gate.reached.wait(20)
+            model[0].weight.data = torch.zeros(16, 8)
+            tensor.data = torch.zeros(20)
+            gate.open()
+            if step == 2:
+                _refused(pending)
+            else:
+                assert pending is not None
+                pending.wait()
+                like = perceptron(2)
+                _resumed(manager, {"model": like}, 1)
+                assert same(whole_state(like), whole_state(perceptron(1)))
+                tensor.data = torch.ones(10)
+
+
 def test_tensors_without_a_version_counter_are_captured_before_save_returns(
     open_manager: Open, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -334,6 +334,7 @@ def _states_that_follow_each_other() -> list[dict[str, Any]]:
         {"a": torch.ones(2), "b": Flags(c=[torch.ones(1), {}]), "loss": None},
         {"a": torch.ones(2, dtype=torch.int64), "b": {"c": [1, torch.ones(1)]}, "loss": (torch.ones(1),)},
         {"a": torch.ones(2, 1), "b": {}, "loss": 1},
+        {"a": torch.ones(2, 1, dtype=torch.bfloat16), "b": {}, "loss": 1},
         {"b": {}, "a": torch.ones(2, 1), "loss": 2, "rank": PerRank(1)},
         {"a": parameter, "m": torch.nn.Linear(2, 2)},
         {"a": parameter.data, "m": torch.nn.Linear(2, 2).state_dict()},
@@ -341,7 +342,7 @@ def _states_that_follow_each_other() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("first", range(11))
+@pytest.mark.parametrize("first", range(12))
 def test_what_is_known_of_one_state_is_never_said_of_another(first):
     """Whatever was saved before, a state is taken as if it were the first."""
     states = _states_that_follow_each_other()
