@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import socket
@@ -46,6 +47,8 @@ from ckptmgr.manifest import (
 )
 from ckptmgr.options import Permissions
 from ckptmgr.recovery import Found, FoundKind
+
+log = logging.getLogger("ckptmgr")
 
 META_NAME = "meta.json"
 RUN_ID_NAME = ".ckptmgr-run-id"
@@ -322,6 +325,7 @@ class RunDirectory:
         elif file_type == stat.S_IFLNK and name in (LATEST_NAME, _LATEST_SCRATCH):
             kind = FoundKind.LINK
         holds = digest = mismatches = ours = None
+        rotten = unreadable = False
         extra: tuple[str, ...] = ()
         if is_directory and kind is not FoundKind.OTHER:
             try:
@@ -332,14 +336,15 @@ class RunDirectory:
                     mismatches = self.verify(path, manifest.files, digests=path in deep_for)
                     extra = self._extra(path, manifest.files)
             except CorruptCheckpoint:
-                pass
+                rotten = True
             except OSError as error:
                 if error.errno not in _ABSENT:
+                    unreadable = True
                     mismatches = (f"unreadable: {MANIFEST_NAME} cannot be read: {error.strerror or error}",)
         return Found(
             path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
             is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
-            manifest=ours, extra=extra,
+            manifest=ours, extra=extra, rotten=rotten, unreadable=unreadable,
         )  # fmt: skip
 
     def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:
@@ -527,12 +532,26 @@ class RunDirectory:
         Delete the directory of a checkpoint whose row says that it is being retired (rule D1). Idempotent.
 
         The final name goes first, so no published name ever holds half a checkpoint. A directory at the
-        final name that is not this attempt's is left alone.
+        final name that is not this attempt's is left alone; one whose manifest has rotted, so that nobody can
+        tell, is set aside, or its step could never be saved again.
+
+        Raises:
+            OSError: The disk refused, or cannot say right now what stands at the final name.
         """
         retired = self._inside(record.retired_directory)
-        if not os.path.lexists(retired) and self._attempt_at(record.directory) == record.id:
-            self._move_aside(record)
-            # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
+        if not os.path.lexists(retired):
+            try:
+                manifest, _ = self.read_manifest(record.directory)
+            except CorruptCheckpoint as error:
+                log.warning("%s is retired and set aside, not deleted: %s", record.directory, error.message)
+                self.quarantine(record.directory, record)
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+            else:
+                if manifest.attempt == record.id and manifest.run_id == self.run_id():
+                    self._move_aside(record)
+                    # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
         self._remove(retired)
 
     def _move_aside(self, record: CheckpointRecord) -> None:

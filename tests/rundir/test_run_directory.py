@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ckptmgr import reach
 from ckptmgr.errors import (
     CorruptCheckpoint,
     ForeignJournal,
@@ -510,6 +512,34 @@ def test_retiring_takes_the_final_name_first_and_only_from_its_own(rundir: RunDi
     (rundir.path / half.retired_directory / "rest").touch()
     rundir.retire(half)
     assert _names(rundir) == ["step-5"]
+
+
+def test_retiring_sets_aside_what_has_rotted_so_that_its_step_can_be_saved_again(rundir: RunDirectory) -> None:
+    record = _publish(rundir, _record(1), {"f": b"bytes"})
+    (rundir.path / record.directory / MANIFEST_NAME).write_bytes(b"{")
+    rundir.retire(record)
+    rundir.retire(record)
+    aside = Path(record.staging_directory).name.replace("incomplete", "quarantined")
+    assert _names(rundir) == [aside]
+    assert (rundir.path / "checkpoint" / aside / "f").read_bytes() == b"bytes"
+    rundir.create_staging(_record(2))
+
+
+def test_retiring_waits_for_a_disk_that_cannot_be_read(rundir: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _publish(rundir, _record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(reach, "read", _refused)
+        with pytest.raises(OSError, match="Input/output"):
+            rundir.retire(record)
+        (found,) = rundir.listing(["checkpoint"])
+        assert (found.unreadable, found.holds) == (True, None)
+    assert _names(rundir) == ["step-5"]
+    rundir.retire(record)
+    assert _names(rundir) == []
+
+
+def _refused(path: Path, limit: int) -> bytes:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 @pytest.mark.parametrize(
