@@ -540,19 +540,22 @@ class RunDirectory:
         """
         retired = self._inside(record.retired_directory)
         if not os.path.lexists(retired):
-            try:
-                manifest, _ = self.read_manifest(record.directory)
-            except CorruptCheckpoint as error:
-                log.warning("%s is retired and set aside, not deleted: %s", record.directory, error.message)
-                self.quarantine(record.directory, record)
-            except OSError as error:
-                if error.errno not in _ABSENT:
-                    raise
+            if self._attempt_at(record.directory) == record.id:
+                self._move_aside(record)
+                # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
             else:
-                if manifest.attempt == record.id and manifest.run_id == self.run_id():
-                    self._move_aside(record)
-                    # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
+                self._set_aside_if_rotten(record)
         self._remove(retired)
+
+    def _set_aside_if_rotten(self, record: CheckpointRecord) -> None:
+        try:
+            self.read_manifest(record.directory)
+        except CorruptCheckpoint as error:
+            log.warning("%s is retired and set aside, not deleted: %s", record.directory, error.message)
+            self.quarantine(record.directory, record)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
 
     def _move_aside(self, record: CheckpointRecord) -> None:
         """
