@@ -780,7 +780,7 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
 def _whole(step: Any) -> int:
     try:
         number = operator.index(step)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - as for metrics
         number = -1
     if isinstance(step, bool) or not 0 <= number < MAX_STEP:
         raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
@@ -794,7 +794,7 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # noqa: BLE001 - a tensor refuses as it likes, and the other ranks wait to hear of it
             number = math.nan
         if not is_text(name) or not math.isfinite(number):
             raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")

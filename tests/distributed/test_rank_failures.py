@@ -475,6 +475,11 @@ def test_a_bad_argument_on_one_rank_is_refused_on_every_rank_at_the_same_call(he
                 call()
         with pytest.raises(InvalidArgument, match="finite"):
             manager.save(1, state, metrics={"loss": float("nan") if here.is_leader else 1.0})
+        nothing = torch.empty((), device="meta")  # PyTorch refuses to make a number of it with a RuntimeError
+        with pytest.raises(InvalidArgument, match="finite"):
+            manager.save(1, state, metrics={"loss": nothing if here.is_leader else 1.0})  # type: ignore[dict-item]
+        with pytest.raises(InvalidArgument, match="whole number"):
+            manager.save(nothing.long() if bad else 1, state)  # type: ignore[arg-type]
         # Rank 0's metrics are the ones that count, so nobody looks at these.
         _commits(here, manager, 1)
         good = manager.save(2, state, metrics={"loss": float("nan") if bad else 1.0})
