@@ -453,7 +453,7 @@ class CheckpointManager:
     ) -> None:
         if kind is None:
             self.close()
-        elif not self._closed:
+        elif not self._closed and os.getpid() == self._pid:
             self._tear_down(self._timeouts.close_on_error_s)
             for job in self._ticks.rest():
                 log.error("%s", job.failure)
