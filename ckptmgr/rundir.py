@@ -70,6 +70,10 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR,
 _TAKEN = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
 #: Of the journal's path, in bytes: SQLite opens none of more than 504, and what is kept beside it has longer names.
 MAX_JOURNAL_PATH_BYTES = 480
+_READ_ONLY = (
+    "even to resume, a manager writes to its run: be its user, on a mount that is writable, or load with "
+    "torch.distributed.checkpoint what `ckptmgr latest RUN` names"
+)
 _MARK = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
 _KINDS = {
     "incomplete": FoundKind.STAGING,
@@ -171,8 +175,12 @@ class RunDirectory:
             message = f"run {self.path} is in use by {holder}"
             raise RunLocked(message, path=str(self.lock_path), holder=holder) from error
         except (OSError, NotImplementedError) as error:
+            refused = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
             raise LockUnsupported(
-                f"cannot lock {self.lock_path}: {error}", path=str(self.lock_path), reason=str(error)
+                f"cannot lock {self.lock_path}: {error}",
+                hint=_READ_ONLY if refused else None,
+                path=str(self.lock_path),
+                reason=str(error),
             ) from error
         self._lock = lock
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import UnixFileLock
 
 from ckptmgr import reach
 from ckptmgr.errors import (
@@ -201,6 +202,23 @@ def test_a_lock_that_cannot_be_made_is_an_error_that_says_so(tmp_path: Path, abo
         rundir.acquire("trainer")
     assert raised.value.path == str(rundir.lock_path)
     assert raised.value.reason in raised.value.message
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_lock_that_may_not_be_written_is_no_question_of_locking(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """On a mount that is read-only, or as another user than the run's."""
+
+    def refuse(lock: UnixFileLock) -> None:
+        raise OSError(number, os.strerror(number), str(lock.lock_file))
+
+    monkeypatch.setattr(UnixFileLock, "_acquire", refuse)
+    with pytest.raises(LockUnsupported) as raised:
+        RunDirectory(run_dir).acquire("trainer")
+    assert os.strerror(number) in raised.value.message
+    assert "flock" not in raised.value.hint
+    assert "writable" in raised.value.hint
 
 
 @pytest.mark.parametrize(
