@@ -398,12 +398,16 @@ class Leader:
 
 
 def _call(hook: Callable[[Committed], Any], event: Committed) -> None:
+    mine = os.getpid()
     try:
         hook(event)
     except BaseException:
-        log.exception("the on_commit hook %r failed for %s step %d", hook, event.series, event.step)
+        if os.getpid() == mine:
+            log.exception("the on_commit hook %r failed for %s step %d", hook, event.series, event.step)
+    if os.getpid() != mine:
+        os._exit(0)  # the hook has forked; what comes now is its parent's, and Python aborts a child that ends here
 
 
 def in_words(error: BaseException) -> str:
     """An error as the cause that goes into journal and messages."""
-    return f"{type(error).__name__}: {error.message if isinstance(error, CheckpointError) else error}"
+    return f"{type(error).__name__}: {error}"

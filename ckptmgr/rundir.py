@@ -74,6 +74,7 @@ _READ_ONLY = (
     "even to resume, a manager writes to its run: be its user, on a mount that is writable, or load with "
     "torch.distributed.checkpoint what `ckptmgr latest RUN` names"
 )
+_NO_LINK = "put the directory itself there; of a run, only the way to its directory may lead through links"
 _MARK = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
 _KINDS = {
     "incomplete": FoundKind.STAGING,
@@ -713,7 +714,7 @@ class RunDirectory:
         for part in ("", *path.split("/")[:-1]):
             here = here / part
             if here.is_symlink():
-                raise UnsafePath(f"{here} is a link", path=path, reason="links are not followed")
+                raise UnsafePath(f"{here} is a link", hint=_NO_LINK, path=path, reason="links are not followed")
         return self.path / path
 
 
@@ -750,7 +751,7 @@ def _entries(directory: Path) -> list[tuple[str, int]]:
         return []
     except NotADirectoryError as error:
         text = f"{directory} is a link or a file, not a directory"
-        raise UnsafePath(text, path=str(directory), reason="not a directory") from error
+        raise UnsafePath(text, hint=_NO_LINK, path=str(directory), reason="not a directory") from error
     if len(found) > MAX_ENTRIES:
         hint = "move away what is not of ckptmgr"
         text = f"{directory} has more than {MAX_ENTRIES} names"
