@@ -616,19 +616,19 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     return RecoveryReport(actions, applied=True, set_aside=hands.set_aside)
 
 
-def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str]) -> None:
+def project(run_id: str, live: Sequence[CheckpointRecord], rundir: RunDirectory, *, series: Iterable[str]) -> None:
     """
     Bring ``meta.json`` and the ``latest`` links up to the journal, whose projections they are. Durable on return.
 
     Rank 0 only, under the run lock.
 
     Args:
-        journal: What counts.
+        run_id: The run's.
+        live: All live checkpoints, as the journal has them.
         rundir: What is brought up to it.
         series: All series: those of the journal, and any that get a list in ``meta.json`` while they are empty.
     """
-    live = journal.checkpoints(live_only=True)
-    rundir.write_meta(journal.run_id, live, series)
+    rundir.write_meta(run_id, live, series)
     for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
         exports = [record for record in live if record.series == name]
         rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
