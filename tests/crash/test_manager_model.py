@@ -199,9 +199,14 @@ class Managing(RuleBasedStateMachine):
             assert [row.state for row in mine] == [CheckpointState.COMMITTED], "acknowledged, and not COMMITTED"
         for row in mine:
             if row.state is CheckpointState.COMMITTED:
-                self.model.commit(attempt, self.keep[series])
+                # Recovery knows no keep rule: what such a commit would let go goes with the next one.
+                self.model.commit(attempt, "all" if self.committed_by_recovery(row.id) else self.keep[series])
             else:
                 self.model.fail(attempt)
+
+    def committed_by_recovery(self, attempt: int) -> bool:
+        with Journal.open_read_only(self.rundir.journal_path) as journal:
+            return journal.transitions(attempt)[-1].note == "recovery"
 
     # -- what is asked of it ----------------------------------------------------------------------
 
