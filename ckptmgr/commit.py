@@ -150,7 +150,7 @@ class Leader:
 
     def is_saved(self, series: str, step: int) -> bool:
         """Whether the step is committed and not being retired; from memory, for the training thread."""
-        return (series, step) in self._saved
+        return step in self._live.get(series, ())
 
     def begin(self, job: Job, world_size: int, own_failure: Callable[[str], RankFailure]) -> tuple[Attempt | None, Go]:
         """Steps 1 and 2 up to the writers' start: intent, staging directory, metadata, WRITING."""
@@ -229,12 +229,9 @@ class Leader:
             self._rundir.publish(record, replaces)
             # Crash here: GATHERED and published durably; recovery commits it.
             keep = self._plan(record, job.keep)
-            attempt.lifecycle.commit(commit_s=time.monotonic() - started, retire=keep.marks, decisions=keep.decisions)
-            self._saved.add((record.series, record.step))
-            self._saved.difference_update((gone.record.series, gone.record.step) for gone in keep.drop)
-            self._let_go.update((gone.record.id, record.series) for gone in keep.drop)
-            if record.overwrites is not None:
-                self._let_go[record.overwrites] = record.series
+            decisions = [one for one in keep.decisions if self._decided.get(one[0]) != one[1:]]
+            attempt.lifecycle.commit(commit_s=time.monotonic() - started, retire=keep.marks, decisions=decisions)
+            self._note_commit(record, keep)
             # Crash here: COMMITTED with a stale meta.json and link; both are made anew at start.
         except Exception as error:
             log.exception("committing %s step %d failed", record.series, record.step)
@@ -278,7 +275,8 @@ class Leader:
     def project(self) -> None:
         """Bring ``meta.json`` and the ``latest`` links up to the journal. A failure is reported and undoes nothing."""
         try:
-            recovery.project(self._journal, self._rundir, series=self._series)
+            live = [record for of_series in self._live.values() for record in of_series.values()]
+            recovery.project(self._journal.run_id, live, self._rundir, series=self._series)
         except Exception:
             log.exception("meta.json or a latest link is stale; the journal is right and both are made anew at start")
 
@@ -350,13 +348,33 @@ class Leader:
 
     def _remember(self) -> None:
         """
-        Take from the journal which steps are saved, and what it lets go that nobody has deleted yet: id → series.
+        Take from the journal what is live, oldest first, and what it lets go that nobody has deleted yet: id → series.
 
-        Kept beside the journal because finding so few rows in it anew would take longer with every save.
+        Kept beside the journal because reading so many rows anew would take longer with every save. Nobody else
+        changes them while this epoch is the newest, but for the pins.
         """
         standing = self._journal.standing()
-        self._saved = {(record.series, record.step) for record in standing if record.is_live}
+        self._live: dict[str, dict[int, CheckpointRecord]] = {}
+        for record in sorted(standing, key=lambda record: record.commit_seq or 0):
+            if record.is_live:
+                self._live.setdefault(record.series, {})[record.step] = record
         self._let_go = {record.id: record.series for record in standing if record.retire_started_at is not None}
+        #: What this manager has told the journal about each, so that it tells only what is new.
+        self._decided: dict[int, tuple[str, tuple[str, ...]]] = {}
+
+    def _note_commit(self, record: CheckpointRecord, keep: retention.RetentionPlan) -> None:
+        """What `_remember` would find now."""
+        live = self._live.setdefault(record.series, {})
+        for gone in keep.drop:
+            del live[gone.record.step]
+            self._let_go[gone.record.id] = record.series
+            self._decided.pop(gone.record.id, None)
+        if record.overwrites is not None:
+            self._let_go[record.overwrites] = record.series
+            self._decided.pop(record.overwrites, None)
+        live.pop(record.step, None)
+        live[record.step] = self._journal.checkpoint(record.id)
+        self._decided.update((one.record.id, ("keep", one.reasons)) for one in keep.keep)
 
     def _retiring(self, series: str) -> list[CheckpointRecord]:
         """What *series* has let go and still has to delete, as the journal has it now."""
@@ -368,15 +386,21 @@ class Leader:
 
     def _plan(self, record: CheckpointRecord, rule: KeepRule) -> retention.RetentionPlan:
         """What the keep rule says once *record* is committed; nothing is let go by what a damaged journal says."""
-        live = self._journal.checkpoints(series=record.series, live_only=True)
-        self._journal.require_intact(other.id for other in live)
-        newest = max((other.commit_seq or 0 for other in live), default=0) + 1
+        live = self._live.get(record.series, {})
+        pinned = self._journal.pinned(record.series)
+        for step, other in live.items():
+            if other.pinned != (step in pinned):
+                live[step] = dataclasses.replace(other, pinned=step in pinned)
+        newest = max((other.commit_seq or 0 for other in live.values()), default=0) + 1
         now = time.time()
         committed = dataclasses.replace(
             record, state=CheckpointState.COMMITTED, committed_at=now, commit_seq=newest, finished_at=now
         )
-        others = [other for other in live if other.id != record.overwrites]
-        return retention.plan([*others, committed], rule, now=now)
+        others = [other for other in live.values() if other.id != record.overwrites]
+        plan = retention.plan([*others, committed], rule, now=now)
+        leaving = [gone.record.id for gone in plan.drop]
+        self._journal.require_intact(leaving if record.overwrites is None else [*leaving, record.overwrites])
+        return plan
 
     def _retire(self, series: str) -> None:
         try:
@@ -401,12 +425,16 @@ class Leader:
 
 
 def _call(hook: Callable[[Committed], Any], event: Committed) -> None:
+    mine = os.getpid()
     try:
         hook(event)
     except BaseException:
-        log.exception("the on_commit hook %r failed for %s step %d", hook, event.series, event.step)
+        if os.getpid() == mine:
+            log.exception("the on_commit hook %r failed for %s step %d", hook, event.series, event.step)
+    if os.getpid() != mine:
+        os._exit(0)  # the hook has forked; what comes now is its parent's, and Python aborts a child that ends here
 
 
 def in_words(error: BaseException) -> str:
     """An error as the cause that goes into journal and messages."""
-    return f"{type(error).__name__}: {error.message if isinstance(error, CheckpointError) else error}"
+    return f"{type(error).__name__}: {error}"

@@ -224,6 +224,13 @@ class CheckpointManager:
             RanksDisagree: The ranks did not make the same call.
             WaitTimeout: A capture still reads after ``Timeouts.write_s``, or a save before is still in flight.
         """
+        # Failures are heard between calls: a handler of the SIGTERM that `on_failure` asks for may close this manager.
+        with self._calling():
+            failed = self._ticks.tick()
+        self._hear(failed)
+        with self._calling():
+            failed = self._wait_for_turn(series, when_busy)
+        self._hear(failed)
         with self._calling():
             return self._save(step, state, series, metrics, overwrite=overwrite, when_busy=when_busy)
 
@@ -237,7 +244,6 @@ class CheckpointManager:
         overwrite: bool,
         when_busy: WhenBusy | None,
     ) -> PendingSave | None:
-        self._hear(self._ticks.tick())
         error: Exception | None = None
         taken: Any = None
         previous: Job | None = None
@@ -251,8 +257,6 @@ class CheckpointManager:
             previous = self._in_flight.get(series)
         except InvalidArgument as problem:
             error = problem
-        if previous is not None and busy == "wait":
-            self._settle(previous)
         if error is None:
             taken, error = capture.take(state)
         changed = taken is None or not capture.is_planned(taken)
@@ -262,7 +266,7 @@ class CheckpointManager:
         if rows[0][2] == _SKIP:
             return None
         if previous is not None:
-            self._settle(previous, heard=True)
+            self._settle(previous)
         if any(broken for _, broken, _ in rows):
             self._rebuild()
         self._finish_reading()
@@ -288,7 +292,8 @@ class CheckpointManager:
             SaveFailed: A save failed; raised on every rank at the same call (with ``on_failure="raise"``).
         """
         with self._calling():
-            self._hear(self._ticks.tick())
+            failed = self._ticks.tick()
+        self._hear(failed)
         return [PendingSave(job, self._patience_s) for job in self._in_flight.values() if not job.settled.is_set()]
 
     @contextlib.contextmanager
@@ -330,7 +335,7 @@ class CheckpointManager:
             error = problem
         else:
             if (previous := self._in_flight.get(series)) is not None:
-                self._settle(previous, heard=True)
+                self._settle(previous)
             taken, error = capture.take(state)
         self._meet("warm_up", self._call(series), error)
         self._finish_reading()
@@ -401,7 +406,7 @@ class CheckpointManager:
         self._meet("resume", self._call(series, step, allow_older, verify_digests), error)
         if (previous := self._in_flight.get(series)) is not None:
             # What it commits is the newest, and what it retires must not be deleted while it is read.
-            self._settle(previous, heard=True)
+            self._settle(previous)
         self._finish_reading()
         verified: dict[int, tuple[str, ...]] = {}
         while True:
@@ -470,7 +475,7 @@ class CheckpointManager:
     ) -> None:
         if kind is None:
             self.close()
-        elif not self._closed:
+        elif not self._closed and os.getpid() == self._pid:
             self._tear_down(self._timeouts.close_on_error_s)
             for job in self._ticks.rest():
                 log.error("%s", job.failure)
@@ -647,16 +652,22 @@ class CheckpointManager:
             4 * self._timeouts.write_s + 6 * self._timeouts.gather_s + self._timeouts.collective_s
         )
 
-    def _settle(self, job: Job, *, heard: bool = False) -> None:
-        """Wait until *job* is over; its failure is heard here, unless the caller has *heard* already."""
+    def _wait_for_turn(self, series: str, when_busy: WhenBusy | None) -> list[Job]:
+        """Wait for what *series* has in flight, where that is wanted; it is returned if its failure is news."""
+        previous = self._in_flight.get(series) if isinstance(series, str) else None
+        if previous is None or (when_busy or self._when_busy) != "wait":
+            return []
+        self._settle(previous)
+        return [previous] if previous.failure is not None and not previous.failure_seen else []
+
+    def _settle(self, job: Job) -> None:
+        """Wait until *job* is over."""
         if not job.settled.wait(self._patience_s):
             raise WaitTimeout(
                 f"{job.series} step {job.step} is still in flight after {self._patience_s:g} s",
                 what="the save in flight",
                 timeout_s=self._patience_s,
             )
-        if not heard and job.failure is not None and not job.failure_seen:
-            self._hear([job])
 
     def _finish_reading(self) -> None:
         """Wait until no capture reads the state any more."""
@@ -710,7 +721,7 @@ class CheckpointManager:
     def _rebuild(self) -> None:
         """Replace broken background groups, once no rank's finalizer uses them any more."""
         for job in self._in_flight.values():
-            self._settle(job, heard=True)
+            self._settle(job)
         self._ranks.agree([0])
         self._ranks.rebuild()
 
@@ -814,7 +825,7 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
 def _whole(step: Any) -> int:
     try:
         number = operator.index(step)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - as for metrics
         number = -1
     if isinstance(step, bool) or not 0 <= number < MAX_STEP:
         raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
@@ -828,7 +839,7 @@ def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             number = float(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # noqa: BLE001 - a tensor refuses as it likes, and the other ranks wait to hear of it
             number = math.nan
         if not is_text(name) or not math.isfinite(number):
             raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")

@@ -91,7 +91,7 @@ def read(path: Path, limit: int) -> bytes:
         CorruptCheckpoint: It has more than *limit* bytes.
         OSError: It cannot be read, or is no regular file.
     """
-    with parent(path) as (folder, name), regular(folder, name) as descriptor:
+    with _naming(path), parent(path) as (folder, name), regular(folder, name) as descriptor:
         size = os.fstat(descriptor).st_size
         pieces: list[bytes] = []
         # Not only by what fstat says: the file may grow meanwhile.
@@ -106,8 +106,19 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def _step(part: str, here: int, path: object) -> int:
+    with _naming(path):
+        try:
+            return os.open(part, _STEP, dir_fd=here)
+        except NotADirectoryError as error:
+            # The kernel says so of a link as well.
+            raise NotADirectoryError(error.errno, "not a directory, or a link to one") from error
+
+
+@contextlib.contextmanager
+def _naming(path: object) -> Iterator[None]:
+    """Let an error name the whole *path*; the kernel was given one part of it."""
     try:
-        return os.open(part, _STEP, dir_fd=here)
-    except NotADirectoryError as error:
-        # The kernel says so of a link as well.
-        raise NotADirectoryError(error.errno, "not a directory, or a link to one", str(path)) from error
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

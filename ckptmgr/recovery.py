@@ -72,6 +72,10 @@ class Found:
     manifest: Manifest | None = None
     #: Where it was verified: names in it that its manifest does not list.
     extra: tuple[str, ...] = ()
+    #: Its manifest is there, but nobody can tell any more what it says.
+    rotten: bool = False
+    #: The disk refuses to say right now what its manifest says.
+    unreadable: bool = False
 
     @property
     def is_our_link(self) -> bool:
@@ -90,10 +94,12 @@ class FinishRetirement:
     changes: ClassVar[bool] = True
     record: CheckpointRecord
     remove: tuple[str, ...]
+    #: Where it should stand, and its manifest no longer says so.
+    set_aside: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        return f"finish retiring {_label(self.record)}: {_removing(self.remove)}"
+        return f"finish retiring {_label(self.record)}: {_removing(self.remove)}{_setting_aside(self.set_aside)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +312,10 @@ class _Planner:
         reports: list[Action] = []
         for record in self._rows:
             if record.state is S.COMMITTED and not record.is_live and record.retired_at is None:
-                actions.append(FinishRetirement(record, self._take(self._retiring_places(record))))
+                if self._must_wait(record):
+                    continue
+                places = self._take(self._retiring_places(record))
+                actions.append(FinishRetirement(record, places, self._take(self._rotten_places(record))))
         # Before any attempt in flight is decided: what it moved aside must be safe first.
         for record in self._rows:
             if record.is_live and record.id not in self._superseded:
@@ -366,6 +375,9 @@ class _Planner:
         item = self._free(path)
         if item is None or not item.is_directory:
             return False
+        # Not while the disk cannot say what it is: a manager that came too late may have moved a live one there.
+        if item.unreadable:
+            return False
         return item.holds is None or self._is_dead(item.holds, after=after or item.holds == owner.id)
 
     def _take(self, paths: Iterable[str]) -> tuple[str, ...]:
@@ -381,10 +393,24 @@ class _Planner:
         # name is taken by something we may not remove, the directory stays and is reported.
         blocked = record.retired_directory in self._at and record.retired_directory not in places
         places += [path for path in self._moved_to.get(record.id, ()) if self._holds(record, path)]
-        unclaimed = self._live_at.get(record.directory, record.id) == record.id
-        if self._holds(record, record.directory) and unclaimed and not blocked:
+        if self._holds(record, record.directory) and self._unclaimed(record) and not blocked:
             places.append(record.directory)
         return places
+
+    def _rotten_places(self, record: CheckpointRecord) -> list[str]:
+        item = self._free(record.directory)
+        return [record.directory] if item is not None and item.rotten and self._unclaimed(record) else []
+
+    def _must_wait(self, record: CheckpointRecord) -> bool:
+        """Whether the disk refuses to say what stands at a name of a retiring row that nobody else will take."""
+        names = [record.retired_directory]
+        if self._unclaimed(record) and not any(self._by_id[id].directory == record.directory for id in self._forward):
+            names.append(record.directory)
+        return any(name in self._at and self._at[name].unreadable for name in names)
+
+    def _unclaimed(self, record: CheckpointRecord) -> bool:
+        """Whether no other row is live under its final name."""
+        return self._live_at.get(record.directory, record.id) == record.id
 
     def _look_after(self, record: CheckpointRecord) -> list[Action]:
         """A live row that stays live."""
@@ -483,6 +509,8 @@ class _Planner:
             return "it was set aside for inspection; remove it when you have looked at it"
         if not item.is_directory:
             return f"it {_what(item)}"
+        if item.unreadable:
+            return f"its {MANIFEST_NAME} cannot be read; see to the disk and start again"
         if item.holds is None:
             return "no row of the journal accounts for it"
         row = self._by_id.get(item.holds)
@@ -516,6 +544,8 @@ def _what(item: Found | None) -> str:
         return "does not exist"
     if not item.is_directory:
         return "is a link or a file, not a directory"
+    if item.unreadable:
+        return f"cannot be read: the disk refuses its {MANIFEST_NAME}"
     if item.holds is None:
         return f"has no readable {MANIFEST_NAME} of this run"
     return f"holds attempt {item.holds}"
@@ -586,19 +616,19 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
     return RecoveryReport(actions, applied=True, set_aside=hands.set_aside)
 
 
-def project(journal: Journal, rundir: RunDirectory, *, series: Iterable[str]) -> None:
+def project(run_id: str, live: Sequence[CheckpointRecord], rundir: RunDirectory, *, series: Iterable[str]) -> None:
     """
     Bring ``meta.json`` and the ``latest`` links up to the journal, whose projections they are. Durable on return.
 
     Rank 0 only, under the run lock.
 
     Args:
-        journal: What counts.
+        run_id: The run's.
+        live: All live checkpoints, as the journal has them.
         rundir: What is brought up to it.
         series: All series: those of the journal, and any that get a list in ``meta.json`` while they are empty.
     """
-    live = journal.checkpoints(live_only=True)
-    rundir.write_meta(journal.run_id, live, series)
+    rundir.write_meta(run_id, live, series)
     for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
         exports = [record for record in live if record.series == name]
         rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
@@ -668,6 +698,7 @@ class _Hands:
                 assert_never(action)
 
     def _finish_retirement(self, action: FinishRetirement) -> None:
+        self._set_aside(action.set_aside, action.record)
         for path in action.remove:
             if path == action.record.directory:
                 self._rundir.retire(action.record)

@@ -259,6 +259,9 @@ def _on_disk(record: CheckpointRecord, item: Found | None, files: Sequence[FileE
         why = "is missing" if item is None else "is a link or a file, not a directory"
         return [_error("R002", record, f"{record.directory} {why}", "put it back, or resume from an older checkpoint")]
     elsewhere = "put the original directory back, or resume from an older checkpoint"
+    if item.unreadable:
+        text = f"{record.directory}: {'; '.join(item.mismatches or ())}"
+        return [_error("R003", record, text, "see to the disk, or to who may read it, and check again")]
     if item.holds is None:
         return [_error("R003", record, f"{record.directory} has no readable {MANIFEST_NAME} of this run", elsewhere)]
     if item.holds != record.id:

@@ -16,6 +16,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import CheckpointRecord, RetirementMark
@@ -175,16 +176,14 @@ class KeepFor(KeepRule):
         return frozenset(r.id for r in newest_first if r.committed_at is not None and r.committed_at > horizon)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """A checkpoint that stays, and every reason why."""
 
     record: CheckpointRecord
     reasons: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropped:
+class Dropped(NamedTuple):
     """A checkpoint that may go, and why nothing protects it."""
 
     record: CheckpointRecord
@@ -249,7 +248,7 @@ def plan(
         if record.id in protected:
             reasons.append(protected[record.id])
         if reasons:
-            keep.append(Kept(record, tuple(dict.fromkeys(reasons))))
+            keep.append(Kept(record, tuple(reasons if len(reasons) == 1 else dict.fromkeys(reasons))))
         else:
             drop.append(Dropped(record, f"no rule keeps it ({rule.text})"))
     return RetentionPlan(tuple(keep), tuple(drop))

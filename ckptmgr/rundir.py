@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import socket
@@ -47,6 +48,8 @@ from ckptmgr.manifest import (
 from ckptmgr.options import Permissions
 from ckptmgr.recovery import Found, FoundKind
 
+log = logging.getLogger("ckptmgr")
+
 META_NAME = "meta.json"
 RUN_ID_NAME = ".ckptmgr-run-id"
 LATEST_NAME = "hf-latest"
@@ -67,6 +70,11 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EISDIR,
 _TAKEN = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
 #: Of the journal's path, in bytes: SQLite opens none of more than 504, and what is kept beside it has longer names.
 MAX_JOURNAL_PATH_BYTES = 480
+_READ_ONLY = (
+    "even to resume, a manager writes to its run: be its user, on a mount that is writable, or load with "
+    "torch.distributed.checkpoint what `ckptmgr latest RUN` names"
+)
+_NO_LINK = "put the directory itself there; of a run, only the way to its directory may lead through links"
 _MARK = "ckptmgr writes a plain file there; put it back, or remove what is there if the run is new"
 _KINDS = {
     "incomplete": FoundKind.STAGING,
@@ -168,8 +176,12 @@ class RunDirectory:
             message = f"run {self.path} is in use by {holder}"
             raise RunLocked(message, path=str(self.lock_path), holder=holder) from error
         except (OSError, NotImplementedError) as error:
+            refused = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
             raise LockUnsupported(
-                f"cannot lock {self.lock_path}: {error}", path=str(self.lock_path), reason=str(error)
+                f"cannot lock {self.lock_path}: {error}",
+                hint=_READ_ONLY if refused else None,
+                path=str(self.lock_path),
+                reason=str(error),
             ) from error
         self._lock = lock
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
@@ -322,6 +334,7 @@ class RunDirectory:
         elif file_type == stat.S_IFLNK and name in (LATEST_NAME, _LATEST_SCRATCH):
             kind = FoundKind.LINK
         holds = digest = mismatches = ours = None
+        rotten = unreadable = False
         extra: tuple[str, ...] = ()
         if is_directory and kind is not FoundKind.OTHER:
             try:
@@ -332,14 +345,15 @@ class RunDirectory:
                     mismatches = self.verify(path, manifest.files, digests=path in deep_for)
                     extra = self._extra(path, manifest.files)
             except CorruptCheckpoint:
-                pass
+                rotten = True
             except OSError as error:
                 if error.errno not in _ABSENT:
+                    unreadable = True
                     mismatches = (f"unreadable: {MANIFEST_NAME} cannot be read: {error.strerror or error}",)
         return Found(
             path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
             is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
-            manifest=ours, extra=extra,
+            manifest=ours, extra=extra, rotten=rotten, unreadable=unreadable,
         )  # fmt: skip
 
     def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:
@@ -527,13 +541,30 @@ class RunDirectory:
         Delete the directory of a checkpoint whose row says that it is being retired (rule D1). Idempotent.
 
         The final name goes first, so no published name ever holds half a checkpoint. A directory at the
-        final name that is not this attempt's is left alone.
+        final name that is not this attempt's is left alone; one whose manifest has rotted, so that nobody can
+        tell, is set aside, or its step could never be saved again.
+
+        Raises:
+            OSError: The disk refused, or cannot say right now what stands at the final name.
         """
         retired = self._inside(record.retired_directory)
-        if not os.path.lexists(retired) and self._attempt_at(record.directory) == record.id:
-            self._move_aside(record)
-            # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
+        if not os.path.lexists(retired):
+            if self._attempt_at(record.directory) == record.id:
+                self._move_aside(record)
+                # Crash here: the row says retiring, the directory has its retired name; recovery removes it.
+            else:
+                self._set_aside_if_rotten(record)
         self._remove(retired)
+
+    def _set_aside_if_rotten(self, record: CheckpointRecord) -> None:
+        try:
+            self.read_manifest(record.directory)
+        except CorruptCheckpoint as error:
+            log.warning("%s is retired and set aside, not deleted: %s", record.directory, error.message)
+            self.quarantine(record.directory, record)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
 
     def _move_aside(self, record: CheckpointRecord) -> None:
         """
@@ -683,7 +714,7 @@ class RunDirectory:
         for part in ("", *path.split("/")[:-1]):
             here = here / part
             if here.is_symlink():
-                raise UnsafePath(f"{here} is a link", path=path, reason="links are not followed")
+                raise UnsafePath(f"{here} is a link", hint=_NO_LINK, path=path, reason="links are not followed")
         return self.path / path
 
 
@@ -720,7 +751,7 @@ def _entries(directory: Path) -> list[tuple[str, int]]:
         return []
     except NotADirectoryError as error:
         text = f"{directory} is a link or a file, not a directory"
-        raise UnsafePath(text, path=str(directory), reason="not a directory") from error
+        raise UnsafePath(text, hint=_NO_LINK, path=str(directory), reason="not a directory") from error
     if len(found) > MAX_ENTRIES:
         hint = "move away what is not of ckptmgr"
         text = f"{directory} has more than {MAX_ENTRIES} names"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.journal import Journal, database
-from ckptmgr.lifecycle import CheckpointState, Format, RetirementMark
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, RetirementMark
 from ckptmgr.manifest import FileEntry, Manifest
 
 
@@ -25,18 +25,28 @@ def add_past(path: Path, number: int, series: str, layout: Format) -> None:
                 states = CheckpointState.PREWRITTEN, CheckpointState.FAILED
                 journal.advance(record.id, *states, epoch=epoch, **who, reason="it was to fail")
                 continue
-            manifest = Manifest(
-                run_id=journal.run_id, series=series, step=step, attempt=0, epoch=epoch, format=layout, world_size=1,
-                created_at=0.0, files=(FileEntry("a", 1, "xxh3_128:" + "0" * 32, 0),), per_rank=(), metrics={},
-                versions={},
-            )  # fmt: skip
-            committed.append(
-                journal.insert_rebuilt(manifest, epoch=epoch, manifest_digest="digest", committed_at=1.0, **who)
-            )
+            committed.append(_committed(journal, series, step, layout, epoch))
         journal.mark_retiring([RetirementMark(record.id, "no rule keeps it") for record in committed], epoch=epoch)
         for record in committed:
             journal.finish_retirement(record.id, epoch=epoch)
         journal.end_epoch(epoch)
+
+
+def add_live(path: Path, number: int, series: str, layout: Format) -> None:
+    """Enter *number* checkpoints that are COMMITTED, and of which nothing is on disk."""
+    with Journal.open(path) as journal:
+        epoch = journal.begin_epoch(host="h", pid=1, command="the past", versions={})
+        for step in range(number):
+            _committed(journal, series, step, layout, epoch)
+        journal.end_epoch(epoch)
+
+
+def _committed(journal: Journal, series: str, step: int, layout: Format, epoch: int) -> CheckpointRecord:
+    manifest = Manifest(
+        run_id=journal.run_id, series=series, step=step, attempt=0, epoch=epoch, format=layout, world_size=1,
+        created_at=0.0, files=(FileEntry("a", 1, "xxh3_128:" + "0" * 32, 0),), per_rank=(), metrics={}, versions={},
+    )  # fmt: skip
+    return journal.insert_rebuilt(manifest, epoch=epoch, manifest_digest="digest", committed_at=1.0, host="h", pid=1)
 
 
 @contextlib.contextmanager

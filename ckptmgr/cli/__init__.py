@@ -145,4 +145,6 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     if is_our_bug(error):
         return f"{type(error).__name__}: {error}", "this is a bug in ckptmgr: please report it with the traceback"
     message = getattr(error, "message", None) or str(error) or type(error).__name__
+    if isinstance(error, PermissionError):
+        return message, "run it as a user who may read the run, and for --apply also write it"
     return message, getattr(error, "hint", "")

@@ -86,7 +86,7 @@ def apply(args: argparse.Namespace, out: Output) -> int:
             rundir.require_pair(journal.run_id, managed=bool(journal.series()))
             with target.epoch(journal, COMMAND) as who:
                 report = recovery.recover(journal, rundir, **who)
-                recovery.project(journal, rundir, series=journal.series())
+                recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
             about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document({"run": about, "live_epoch": None, **report.to_dict()})
@@ -153,7 +153,7 @@ def rebuild(args: argparse.Namespace, out: Output) -> int:
                 target.epoch(journal, REBUILD_COMMAND, after=newest) as who,
             ):
                 report = rebuilding.rebuild(journal, rundir, **who)
-                recovery.project(journal, rundir, series=journal.series())
+                recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
     if out.as_json:
         document = report.to_dict()
         about = target.document(rundir, document.pop("run_id"))

@@ -25,6 +25,7 @@ more rows than the file has room for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sqlite3
@@ -226,13 +227,9 @@ def limit_steps(connection: sqlite3.Connection, path: Path | None) -> None:
     except OSError:
         size = 0
     left = (_FIRST_STEPS + _STEPS_PER_BYTE * size) // _STEPS_AT_ONCE
-
-    def step() -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0
-
-    connection.set_progress_handler(step, _STEPS_AT_ONCE)
+    # No function of ours: Ctrl-C that comes within one would stop the query and pass for damage.
+    may_stop = itertools.chain(itertools.repeat(False, left), itertools.repeat(True)).__next__
+    connection.set_progress_handler(may_stop, _STEPS_AT_ONCE)
 
 
 def revision(connection: sqlite3.Connection, path: Path) -> str | None:
@@ -484,6 +481,9 @@ class Database:
                     # What failed first is the news; closing the connection rolls back as well.
                     error.add_note("the connection to the journal had to be closed to roll back")
                     self._discard()
+                if lost := followed.lost(error):
+                    self._discard()
+                    raise lost from error
                 raise
             except BaseException:
                 # An interrupt may have come anywhere, and the next transaction must not depend on where.

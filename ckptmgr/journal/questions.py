@@ -136,6 +136,13 @@ class Questions:
             query = query.where(live)
         return self._records(query)
 
+    def pinned(self, series: str) -> frozenset[int]:
+        """The steps of *series* that are pinned, compared with the seal: what is not pinned may be let go."""
+        with self._database.reading() as connection:
+            steps = connection.execute(select(pin.c.step).where(pin.c.series == series)).scalars().all()
+            database.require_intact(database.driver(connection), self.path, ["pin"])
+        return frozenset(self._fact(pin, "step", step) for step in steps)
+
     def in_flight(self, series: str) -> CheckpointRecord | None:
         """The attempt of *series* that is in flight; there is at most one."""
         found = self._records(attempts.where(checkpoint.c.series == series, in_flight))

@@ -50,6 +50,7 @@ class Seal:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._changes: dict[Part, list[int]] = {}
+        self._raised: BaseException | None = None
         connection.create_function("ckptmgr_seal", -1, self._follow)
         connection.execute("PRAGMA temp_store=MEMORY").close()
         for table in _tables(connection):
@@ -68,6 +69,14 @@ class Seal:
     def begin(self) -> None:
         """Forget what a transaction that was rolled back had changed."""
         self._changes.clear()
+        self._raised = None
+
+    def lost(self, error: Exception) -> BaseException | None:
+        """What is behind SQLite's *error* where that only says that our function raised something."""
+        if str(getattr(error, "orig", error)) != "user-defined function raised exception":
+            return None
+        # Else a signal's handler raised it before the function's first line, and that is Ctrl-C.
+        return self._raised or KeyboardInterrupt()
 
     def record(self) -> None:
         """Add what this transaction has changed to what is recorded, within it."""
@@ -80,9 +89,13 @@ class Seal:
         self._changes.clear()
 
     def _follow(self, sign: int, table: str, *row: Any) -> None:
-        change = self._changes.setdefault(_part(table, row), [0, 0])
-        change[0] += sign
-        change[1] += sign * _digest(table, row)
+        try:
+            change = self._changes.setdefault(_part(table, row), [0, 0])
+            change[0] += sign
+            change[1] += sign * _digest(table, row)
+        except BaseException as error:
+            self._raised = error
+            raise
 
 
 def is_there(connection: sqlite3.Connection) -> bool:

@@ -199,9 +199,14 @@ class Managing(RuleBasedStateMachine):
             assert [row.state for row in mine] == [CheckpointState.COMMITTED], "acknowledged, and not COMMITTED"
         for row in mine:
             if row.state is CheckpointState.COMMITTED:
-                self.model.commit(attempt, self.keep[series])
+                # Recovery knows no keep rule: what such a commit would let go goes with the next one.
+                self.model.commit(attempt, "all" if self.committed_by_recovery(row.id) else self.keep[series])
             else:
                 self.model.fail(attempt)
+
+    def committed_by_recovery(self, attempt: int) -> bool:
+        with Journal.open_read_only(self.rundir.journal_path) as journal:
+            return journal.transitions(attempt)[-1].note == "recovery"
 
     # -- what is asked of it ----------------------------------------------------------------------
 
@@ -267,11 +272,13 @@ class Managing(RuleBasedStateMachine):
             return
         attempt = live[-1 - which % len(live)]
         folder = self.run / attempt.directory
-        # Not the manifest: a directory that nothing says is ours is neither deleted nor replaced.
-        names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+        names = sorted(path for path in folder.rglob("*") if path.is_file())
         path = names[file % len(names)]
         size = path.stat().st_size
-        if how == "missing":
+        if path.name == MANIFEST_NAME:
+            # Not away: a directory that nothing says is ours is neither deleted nor moved.
+            os.truncate(path, size // 2)
+        elif how == "missing":
             path.unlink()
         elif how == "extend" or not size:
             path.write_bytes(path.read_bytes() + b"\0")
@@ -323,7 +330,8 @@ class Managing(RuleBasedStateMachine):
                 )
                 for one in self.model.of(series)
             ]
-            there = {item.path for item in self.rundir.listing([series]) if item.kind is not FoundKind.LINK}
+            listing = self.rundir.listing([series])
+            there = {item.path for item in listing if item.kind not in (FoundKind.LINK, FoundKind.QUARANTINED)}
             assert there == set(listed[0])
         if "hf" not in self.pending:
             link = self.run / "hf" / "hf-latest"

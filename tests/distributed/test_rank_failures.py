@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -434,6 +435,29 @@ def test_one_rank_that_leaves_on_an_exception_does_not_hang_the_others(here: Her
 
 
 @on_ranks(2)
+def test_a_forked_child_that_leaves_the_block_takes_nothing_down(here: Here) -> None:
+    """It has none of the threads, and the connections to the other ranks are its parent's."""
+    with manager_on(here) as manager:
+        pending = manager.save(1, _state(here))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that forking with threads is risky
+            child = os.fork()
+        if child == 0:
+            manager.__exit__(SystemExit, SystemExit(), None)
+            os._exit(42)
+        deadline = time.monotonic() + 8
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+        assert pending is not None
+        pending.wait()
+        _commits(here, manager, 2)
+    assert os.waitstatus_to_exitcode(ended[1]) == 42
+
+
+@on_ranks(2)
 def test_ranks_that_save_different_things_are_told_so_and_can_go_on(here: Here) -> None:
     with manager_on(here) as manager:
         state = {"t": torch.zeros(4)}
@@ -475,6 +499,11 @@ def test_a_bad_argument_on_one_rank_is_refused_on_every_rank_at_the_same_call(he
                 call()
         with pytest.raises(InvalidArgument, match="finite"):
             manager.save(1, state, metrics={"loss": float("nan") if here.is_leader else 1.0})
+        nothing = torch.empty((), device="meta")  # PyTorch refuses to make a number of it with a RuntimeError
+        with pytest.raises(InvalidArgument, match="finite"):
+            manager.save(1, state, metrics={"loss": nothing if here.is_leader else 1.0})  # type: ignore[dict-item]
+        with pytest.raises(InvalidArgument, match="whole number"):
+            manager.save(nothing.long() if bad else 1, state)  # type: ignore[arg-type]
         # Rank 0's metrics are the ones that count, so nobody looks at these.
         _commits(here, manager, 1)
         good = manager.save(2, state, metrics={"loss": float("nan") if bad else 1.0})

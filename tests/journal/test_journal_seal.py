@@ -280,14 +280,34 @@ def test_interrupts_at_any_moment_neither_damage_the_journal_nor_keep_it_locked(
                         time.sleep(0)
                 except KeyboardInterrupt:
                     interrupted += 1
-                except JournalError as error:
-                    # Where it comes while SQLite calls us, SQLite tells of it in its own way.
-                    if "user-defined function" not in error.message:
-                        raise
             assert interrupted > 10
             journal.begin_epoch(host="h", pid=1, command="c", versions={})
     finally:
         signal.signal(signal.SIGUSR1, before)
+    everything(full)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, KeyError])
+def test_what_is_raised_while_sqlite_calls_us_is_told_and_changes_nothing(full, monkeypatch, raised):
+    """SQLite drops it, and says only that something was raised."""
+
+    def struck(*_):
+        raise raised("now")
+
+    with Journal.open(full) as journal, monkeypatch.context() as patch:
+        patch.setattr(seal, "_digest", struck)
+        with pytest.raises(raised):
+            journal.pin("checkpoint", 1, note="again")
+    everything(full)
+
+
+def test_an_interrupt_before_our_first_line_is_one_too(full, monkeypatch):
+    def struck(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seal.Seal, "_follow", struck)
+    with Journal.open(full) as journal, pytest.raises(KeyboardInterrupt):
+        journal.pin("checkpoint", 1, note="again")
     everything(full)
 
 

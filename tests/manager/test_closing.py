@@ -334,6 +334,33 @@ def test_a_failure_can_warn_or_terminate_once(tmp_path: Path) -> None:
             assert world.join(30) == [expected]
 
 
+def _close_in_handler(here: Here) -> Any:
+    manager = CheckpointManager(here.run_dir, on_failure="terminate")
+    signal.signal(signal.SIGTERM, lambda *_: (manager.close(), sys.exit(7)))
+    (here.run_dir / "checkpoint" / "step-1").mkdir(parents=True)  # somebody else's, so the save of step 1 fails
+    pending = manager.save(1, {"t": torch.zeros(10)})
+    assert pending is not None
+    call = here.tmp_path.name
+    while call != "save-while-in-flight" and not pending.done():
+        time.sleep(0.01)
+    try:
+        if call == "poll":
+            manager.poll()
+        else:
+            manager.save(2, {"t": torch.zeros(10)})
+    except SystemExit as end:
+        return [end.code, leftovers()]
+    return "the handler was not called"
+
+
+@pytest.mark.parametrize("call", ["poll", "save", "save-while-in-flight"])
+def test_a_handler_of_terminate_can_close_the_manager(tmp_path: Path, call: str) -> None:
+    folder = tmp_path / call
+    folder.mkdir()
+    with start_ranks(1, _close_in_handler, folder) as world:
+        assert world.join(30) == [[7, []]]
+
+
 def test_terminate_terminates_even_where_warnings_are_errors(tmp_path: Path) -> None:
     with start_ranks(1, _fail_with, tmp_path, on_failure="terminate") as world:
         world.here.tell("strict")

@@ -7,8 +7,10 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +460,40 @@ def test_a_hook_that_calls_exit_does_not_end_hooks_and_deletions(open_manager: O
             pending.wait(5)
     assert seen == [1, 2, 3]
     assert _steps_on_disk(run_dir) == ["step-3"]
+
+
+@pytest.mark.parametrize("leave", [lambda: None, sys.exit], ids=["return", "exit"])
+def test_the_child_of_a_hook_that_forks_does_nothing_more_and_ends(
+    open_manager: Open, run_dir: Path, leave: Callable[[], None]
+) -> None:
+    children = []
+
+    def fork(event: Committed) -> None:
+        if (child := os.fork()) == 0:
+            leave()
+        else:
+            children.append(child)
+
+    series = [Series("checkpoint", DCP(), keep=KeepLast(1))]
+    with open_manager(on_commit=[fork, lambda _: children.append(os.getpid())], series=series) as manager:
+        _save(manager, 1)
+        _save(manager, 2)
+    first, own, second, again = children
+    assert own == again == os.getpid()
+    assert [_ended_within(child, 20) for child in (first, second)] == [0, 0]
+    assert _steps_on_disk(run_dir) == ["step-2"]
+
+
+def _ended_within(child: int, seconds: float) -> int:
+    """The exit status of a child of ours, which is killed if it has none by then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
 
 def test_a_slow_hook_does_not_hold_up_the_next_commit(open_manager: Open) -> None:

@@ -282,9 +282,8 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit("commit.py", "            self._rundir.publish(record, replaces)\n", ""),
             Edit(
                 "commit.py",
-                "            self._saved.add((record.series, record.step))\n",
-                "            self._rundir.publish(record, replaces)\n"
-                "            self._saved.add((record.series, record.step))\n",
+                "            self._note_commit(record, keep)\n",
+                "            self._rundir.publish(record, replaces)\n            self._note_commit(record, keep)\n",
             ),
         ),
         (

@@ -58,6 +58,9 @@ class Entry:
     holds: int | None = None
     intact: bool = True
     same_manifest: bool = True
+    #: Where it holds nothing: whether its manifest is no longer one, or the disk refuses to read it.
+    rotten: bool = False
+    unreadable: bool = False
 
 
 def kind_of(path: str) -> FoundKind:
@@ -82,6 +85,8 @@ def found(path: str, entry: Entry) -> Found:
         holds=entry.holds if directory else None,
         mismatches=None if not readable else () if entry.intact else ("size: a has 1 bytes, 2 were committed",),
         manifest_digest=(DIGEST if entry.same_manifest else OTHER_DIGEST) if readable else None,
+        rotten=entry.rotten,
+        unreadable=entry.unreadable,
     )
 
 
@@ -106,6 +111,7 @@ class World:
     def carry_out(self, action: Action) -> Iterator[None]:
         match action:
             case FinishRetirement():
+                yield from self._set_aside(action.set_aside)
                 for path in action.remove:
                     if path == action.record.directory:
                         self._rename(path, action.record.retired_directory)
@@ -182,6 +188,7 @@ class World:
         names = {name for row in self.rows.values() for name in (row.staging_directory, row.retired_directory)}
         assert path in names, f"{path} was removed and no row has given out that name"
         assert entry.kind == "directory", f"{path} is a {entry.kind} and was removed"
+        assert not entry.unreadable, f"{path} could not be read and was removed"
         if entry.holds is not None:
             holder = self.rows.get(entry.holds)
             assert holder is not None, f"{path} holds an unknown attempt and was removed"

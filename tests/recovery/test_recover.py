@@ -106,6 +106,12 @@ def retiring_not_begun(run):
     return {run.retiring(10).id: "retired"}, []
 
 
+def retiring_and_then_rotten(run):
+    record = run.retiring(10)
+    (run.path(record.directory) / "ckptmgr.json").write_text("{")
+    return {record.id: "retired"}, []
+
+
 def retiring_half_removed(run):
     record = run.retiring(10)
     run.path(record.directory).rename(run.path(record.retired_directory))
@@ -141,6 +147,7 @@ CRASHES = [
     overwriting_moved_aside_and_then_damaged,
     overwriting_interrupted_while_writing,
     retiring_not_begun,
+    retiring_and_then_rotten,
     retiring_half_removed,
     retiring_removed,
     failed_with_its_directory_still_there,

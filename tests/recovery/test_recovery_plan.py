@@ -41,12 +41,15 @@ CONTENTS: dict[str, Entry | None] = {
     "a retiring attempt": Entry("", holds=RETIRING),
     "an unknown attempt": Entry("", holds=UNKNOWN),
     "a directory without manifest": Entry(""),
+    "a directory whose manifest has rotted": Entry("", rotten=True),
+    "a directory that cannot be read": Entry("", unreadable=True),
     "a link": Entry("", kind="link"),
     "a file": Entry("", kind="file"),
 }
 AT_A_RETIRED_NAME = (
     "nothing",
     "a directory without manifest",
+    "a directory that cannot be read",
     "the overwritten attempt",
     "an unknown attempt",
     "a file",
@@ -136,7 +139,9 @@ def check_invariants(before: World, after: World) -> None:
         assert (new.state, new.is_live) == (was.state, was.is_live)
     for row in after.rows.values():
         assert not row.is_in_flight
-        assert row.retire_started_at is None or row.retired_at is not None
+        places = (after.disk.get(name) for name in (row.directory, row.retired_directory))
+        unreadable = any(entry is not None and entry.unreadable for entry in places)
+        assert row.retire_started_at is None or row.retired_at is not None or unreadable
 
     # The bystander is as it was.
     assert after.disk["checkpoint/step-1"] == before.disk["checkpoint/step-1"]
@@ -434,6 +439,29 @@ def test_a_directory_without_manifest_at_the_name_of_a_retiring_checkpoint_is_no
 
     assert finish == FinishRetirement(row, ())
     assert stranger == ReportStranger(row.directory, stranger.why)
+
+
+def test_a_directory_that_rotted_at_the_name_of_a_retiring_checkpoint_is_set_aside():
+    row = record(3, 5, **IS_RETIRING)
+
+    assert [FinishRetirement(row, (), (row.directory,))] == actions([row], {row.directory: Entry("", rotten=True)})
+
+
+def test_what_rotted_at_a_name_that_another_checkpoint_has_by_now_is_that_ones():
+    row, later = record(3, 5, **IS_RETIRING), record(7, 5, S.COMMITTED)
+    finish, missing = actions([row, later], {row.directory: Entry("", rotten=True)})
+
+    assert finish == FinishRetirement(row, ())
+    assert missing == ReportMissing(later, missing.why)
+
+
+@pytest.mark.parametrize("place", ["directory", "retired_directory"])
+def test_a_retirement_waits_for_a_disk_that_cannot_say_what_stands_there(place):
+    row = record(3, 5, **IS_RETIRING)
+    (stranger,) = actions([row], {getattr(row, place): Entry("", unreadable=True)})
+
+    assert stranger == ReportStranger(getattr(row, place), stranger.why)
+    assert "see to the disk" in stranger.why
 
 
 def test_leftovers_of_a_failed_attempt_are_removed_from_both_of_its_names():

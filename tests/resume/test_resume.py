@@ -67,6 +67,7 @@ WRONG = {
     "missing": (None, ["R002"]),
     "a link": ({"is_directory": False, "holds": None}, ["R002"]),
     "no manifest": ({"holds": None, "mismatches": None, "manifest_digest": None}, ["R003"]),
+    "refused by the disk": ({"holds": None, "unreadable": True, "mismatches": ("unreadable: EIO",)}, ["R003"]),
     "another attempt": ({"holds": 99}, ["R003"]),
     "another manifest": ({"manifest_digest": "xxh3_128:" + "2" * 32}, ["R003"]),
     "manifest mismatch": ({"mismatches": ("manifest: unreadable",)}, ["R003"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import UnixFileLock
 
+from ckptmgr import reach
 from ckptmgr.errors import (
     CorruptCheckpoint,
     ForeignJournal,
@@ -199,6 +202,23 @@ def test_a_lock_that_cannot_be_made_is_an_error_that_says_so(tmp_path: Path, abo
         rundir.acquire("trainer")
     assert raised.value.path == str(rundir.lock_path)
     assert raised.value.reason in raised.value.message
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_lock_that_may_not_be_written_is_no_question_of_locking(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """On a mount that is read-only, or as another user than the run's."""
+
+    def refuse(lock: UnixFileLock) -> None:
+        raise OSError(number, os.strerror(number), str(lock.lock_file))
+
+    monkeypatch.setattr(UnixFileLock, "_acquire", refuse)
+    with pytest.raises(LockUnsupported) as raised:
+        RunDirectory(run_dir).acquire("trainer")
+    assert os.strerror(number) in raised.value.message
+    assert "flock" not in raised.value.hint
+    assert "writable" in raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -510,6 +530,34 @@ def test_retiring_takes_the_final_name_first_and_only_from_its_own(rundir: RunDi
     (rundir.path / half.retired_directory / "rest").touch()
     rundir.retire(half)
     assert _names(rundir) == ["step-5"]
+
+
+def test_retiring_sets_aside_what_has_rotted_so_that_its_step_can_be_saved_again(rundir: RunDirectory) -> None:
+    record = _publish(rundir, _record(1), {"f": b"bytes"})
+    (rundir.path / record.directory / MANIFEST_NAME).write_bytes(b"{")
+    rundir.retire(record)
+    rundir.retire(record)
+    aside = Path(record.staging_directory).name.replace("incomplete", "quarantined")
+    assert _names(rundir) == [aside]
+    assert (rundir.path / "checkpoint" / aside / "f").read_bytes() == b"bytes"
+    rundir.create_staging(_record(2))
+
+
+def test_retiring_waits_for_a_disk_that_cannot_be_read(rundir: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _publish(rundir, _record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(reach, "read", _refused)
+        with pytest.raises(OSError, match="Input/output"):
+            rundir.retire(record)
+        (found,) = rundir.listing(["checkpoint"])
+        assert (found.unreadable, found.holds) == (True, None)
+    assert _names(rundir) == ["step-5"]
+    rundir.retire(record)
+    assert _names(rundir) == []
+
+
+def _refused(path: Path, limit: int) -> bytes:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 @pytest.mark.parametrize(

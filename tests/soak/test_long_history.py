@@ -9,23 +9,36 @@ from typing import Any
 
 import pytest
 import torch
-from long_history import add_past, counted
+from long_history import add_live, add_past, counted
 
-from ckptmgr import DCP, CheckpointManager, HuggingFace, KeepLast, SaveFailed, Series, Timeouts, WriterOptions, durable
+from ckptmgr import (
+    DCP,
+    CheckpointManager,
+    HuggingFace,
+    KeepAll,
+    KeepLast,
+    SaveFailed,
+    Series,
+    Timeouts,
+    WriterOptions,
+    durable,
+)
 from ckptmgr.cli import main
 from ckptmgr.journal import Journal, questions
 from ckptmgr.lifecycle import CheckpointRecord, Format
 from ckptmgr.recovery import plan, preview, with_traces
 from ckptmgr.resume import asked_of, check
+from ckptmgr.retention import KeepRule
 from ckptmgr.rundir import RunDirectory
 
 PASTS = (10, 120)
+LAST_TWO = KeepLast(2)
 
 
-def opened(run: Path) -> CheckpointManager:
+def opened(run: Path, keep: KeepRule = LAST_TWO) -> CheckpointManager:
     return CheckpointManager(
         run,
-        series=[Series("checkpoint", DCP(), keep=KeepLast(2)), Series("hf", HuggingFace(), keep=KeepLast(1))],
+        series=[Series("checkpoint", DCP(), keep=keep), Series("hf", HuggingFace(), keep=KeepLast(1))],
         timeouts=Timeouts(setup_s=30, write_s=20, gather_s=5, close_s=20, close_on_error_s=5),
         writers=WriterOptions(nice=0),
     )
@@ -84,6 +97,46 @@ def test_a_save_reads_no_more_of_a_journal_with_a_longer_past(run_of: dict[int, 
 
     assert all(cost > 100 for cost in costs[0])
     assert costs[0] == costs[1]
+
+
+def test_a_save_reads_and_writes_no_more_where_more_are_kept(tmp_path: Path) -> None:
+    """But the first after a start, which tells the journal about each why it stays."""
+    costs = []
+    for kept in (4, 80):
+        run = tmp_path / str(kept) / "run"
+        opened(run, KeepAll()).close()
+        add_live(RunDirectory(run).journal_path, kept, "checkpoint", Format.DCP)
+        with counted() as steps, opened(run, KeepAll()) as manager:
+            save(manager, 1000)
+            steps()
+            cost = []
+            for step, overwrite in ((1001, False), (1000, True), (1002, False)):
+                save(manager, step, overwrite=overwrite)
+                cost.append(steps())
+        costs.append(cost)
+        with Journal.open_read_only(RunDirectory(run).journal_path) as journal:
+            decisions = journal.decisions()
+            why = {record.step: decisions[record.id] for record in journal.checkpoints() if record.is_live}
+        assert [why[step] for step in (0, kept - 1, 1000, 1001)] == [("keep", ("all",))] * 4
+        assert why[1002] == ("keep", ("all", "newest committed"))
+        assert len(why) == kept + 3
+
+    assert all(cost > 100 for cost in costs[0])
+    assert [round(cost, -2) for cost in costs[0]] == [round(cost, -2) for cost in costs[1]]
+
+
+def test_a_pin_of_another_moment_counts_at_the_next_commit(tmp_path: Path) -> None:
+    """What is live is kept in memory; who is pinned is asked anew."""
+    run = tmp_path / "run"
+    with opened(run, KeepLast(1)) as manager:
+        save(manager, 0)
+        manager._journal.pin("checkpoint", 0)
+        save(manager, 1)
+        save(manager, 2)
+        manager._journal.unpin("checkpoint", 0)
+        assert [record.step for record in manager._journal.checkpoints(live_only=True)] == [0, 2]
+        save(manager, 3)
+        assert [record.step for record in manager._journal.checkpoints(live_only=True)] == [3]
 
 
 def _full(*_: object, **__: object) -> None:
