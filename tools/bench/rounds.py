@@ -314,3 +314,93 @@ def why_not_cold() -> str | None:
     if not os.access("/proc/sys/vm/drop_caches", os.W_OK):
         return "cold loads: this machine does not let the page cache be dropped"
     return None
+
+
+def several_ranks(
+    results: Results, worlds: Sequence[int], workloads_: Sequence[str], size: int, small: int, rounds: int, seed: int,
+    folder: Path, timeout_s: float = 900.0,
+) -> None:  # fmt: skip
+    """The cases of `bench.ranks` on each number of ranks."""
+    for world in worlds:
+        say(f"{world} ranks")
+        there = folder / f"ranks-{world}"
+        there.mkdir(parents=True)
+        order = {
+            "size": size, "small": small, "rounds": rounds, "seed": seed, "folder": str(there),
+            "into": str(there / "found.json"), "workloads": list(workloads_),
+        }  # fmt: skip
+        with socket.socket() as finder:
+            finder.bind(("127.0.0.1", 0))
+            port = finder.getsockname()[1]
+        known = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        processes = []
+        try:
+            for rank in range(world):
+                with (there / f"rank-{rank}.log").open("w") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", "bench.ranks", json.dumps(order)], env=known | {"RANK": str(rank)},
+                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                        )
+                    )  # fmt: skip
+            deadline = time.monotonic() + timeout_s
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for process in processes:
+                    process.wait(max(0.1, deadline - time.monotonic()))
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+        if not (there / "found.json").exists():
+            said = (there / "rank-0.log").read_text(errors="replace").strip().splitlines()[-1:]
+            for workload in workloads_:
+                results.about(f"{workload}, {world} ranks", "ckptmgr")["problem"] = f"the ranks died: {said}"
+        else:
+            found = json.loads((there / "found.json").read_text())
+            for row in found["rows"]:
+                workload = f"{row['workload']}, {world} ranks"
+                results.about(workload, row["case"])
+                results.add(workload, row["case"], row["round"], **{row["measure"]: row["value"]})
+            for name, problem in found["problems"].items():
+                workload, _, case = name.partition(": ")
+                results.about(f"{workload}, {world} ranks", case)["problem"] = problem
+        shutil.rmtree(there, ignore_errors=True)
+
+
+def long_histories(results: Results, numbers: Sequence[int], rounds: int, saves: int, seed: int, folder: Path) -> None:
+    """The figures of `bench.history`, for runs that hold so many checkpoints each."""
+    chance = random.Random(seed)
+    made = []
+    for number in numbers:
+        say(f"a run that holds {number} checkpoints")
+        there = folder / f"history-{number}"
+        there.mkdir(parents=True)
+        if (problem := _history(["make", str(there), str(number)])[1]) is None:
+            made.append(number)
+        else:
+            results.about(f"journal, {number}", "ckptmgr")["problem"] = problem
+    for turn in range(rounds):
+        for number in chance.sample(made, len(made)):
+            found, problem = _history(["measure", str(folder / f"history-{number}"), str(saves)])
+            about = results.about(f"journal, {number}", "ckptmgr")
+            if problem is not None:
+                about["problem"] = problem
+            for measure, values in found.items():
+                for value in values:
+                    results.add(f"journal, {number}", "ckptmgr", turn, **{measure: value})
+    for number in numbers:
+        shutil.rmtree(folder / f"history-{number}", ignore_errors=True)
+
+
+def _history(words: list[str]) -> tuple[dict[str, list[float]], str | None]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.history", *words], env=environment(), capture_output=True, text=True,
+            check=False, timeout=900,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        return {}, str(error)[-200:]
+    if done.returncode:
+        return {}, (done.stderr.strip().splitlines() or ["no word"])[-1][:300]
+    return json.loads(done.stdout) if done.stdout else {}, None
