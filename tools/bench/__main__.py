@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensors", type=int, help="how many small ones (default 20000; quick 2000)")
     parser.add_argument("--most-tensors", type=int, default=100_000, help="of ckptmgr alone (default 100000)")
     parser.add_argument("--training-saves", type=int, default=4, help="of ckptmgr and the floor, in each round")
+    parser.add_argument("--firsts", type=int, default=2, help="more first saves, each by a new process (default 2)")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds after which a peer sits out (default 120)")
     parser.add_argument("--seed", type=int, default=1, help="of the order in each round (default 1)")
     parser.add_argument("--only", default="", help=f"which of {', '.join(QUESTIONS)}")
@@ -108,15 +109,16 @@ def _ask(
 ) -> None:  # fmt: skip
     quick = options.quick
     if question in ("train", "export", "moe"):
-        chosen = [name for name in options.peers.split(",") if name] or [
-            n for n, (*_, q) in PEERS.items() if q or not quick
+        chosen = list(filter(None, options.peers.split(","))) or [
+            name for name, (_, _, quickly) in PEERS.items() if not quick or question in quickly
         ]
         names = [name for name in PEERS if name in {FLOOR, *chosen} and question in PEERS[name][1]]
         many = 1 if quick else options.training_saves
         plan = rounds.Plan(
             workload=question, size=tensors if question == "moe" else int(scale * (1 << 30)), peers=names,
-            rounds=number, seed=options.seed, training={n: many if n == FLOOR or n.startswith(OURS) else 1 for n in names},
-            budget_s=20.0 if quick else options.budget, folder=folder, firsts=0 if quick or question == "moe" else 2,
+            rounds=number, seed=options.seed, budget_s=20.0 if quick else options.budget, folder=folder,
+            training={name: many if name == FLOOR or name.startswith(OURS) else 1 for name in names},
+            firsts=0 if quick or question == "moe" else options.firsts, calibration_s=0.3 if quick else 0.7,
         )  # fmt: skip
         rounds.run(plan, results)
     elif question == "many":
@@ -130,7 +132,7 @@ def _ask(
         rounds.several_ranks(results, worlds, workloads, size, tensors // 10, number, options.seed, folder)
     else:
         numbers = (10, 300) if quick else (10, 1_000, 10_000)
-        rounds.long_histories(results, numbers, 1 if quick else 2, 3 if quick else 5, options.seed, folder)
+        rounds.long_histories(results, numbers, 1, 3 if quick else 5, options.seed, folder)
 
 
 if __name__ == "__main__":

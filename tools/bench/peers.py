@@ -558,27 +558,29 @@ class Orbax(Peer):
         self._pool.shutdown()
 
 
-#: Name → (how it is made, the workloads it takes part in, whether `make bench-quick` has it).
-PEERS: dict[str, tuple[Callable[[dict[str, torch.Tensor], Path], Peer], tuple[str, ...], bool]] = {
-    FLOOR: (Floor, ("train", "export", "moe"), True),
-    "floor, no digest": (functools.partial(Floor, digest=False), ("train",), False),
-    OURS: (Ckptmgr, ("train", "moe"), True),
-    f"{OURS} export": (functools.partial(Ckptmgr, export=True, dcp=False), ("export",), True),
-    f"{OURS} overlap": (functools.partial(Ckptmgr, overlap=True), ("train",), True),
-    f"{OURS} both": (functools.partial(Ckptmgr, export=True), ("train",), False),
-    "torch.save": (TorchSave, ("train", "moe"), True),
-    "safetensors": (SaveFile, ("export", "moe"), True),
-    "clone + thread": (CloneAndThread, ("export",), False),
-    "xtuner fork": (Fork, ("train", "export", "moe"), False),
-    "dcp.save": (DcpSave, ("train", "moe"), True),
-    "dcp.async thread": (DcpAsync, ("train",), False),
-    "dcp.async thread kept": (functools.partial(DcpAsync, kept=True), ("train", "moe"), True),
-    "dcp.async process": (functools.partial(DcpAsync, process=True), ("train",), False),
-    "dcp.async process kept": (functools.partial(DcpAsync, process=True, kept=True), ("train", "moe"), False),
-    "dcp hf writer": (DcpHuggingFace, ("export",), True),
-    "torch_checkpointing": (TorchCheckpointing, ("train", "moe"), True),
-    "torch_checkpointing st": (functools.partial(TorchCheckpointing, safetensors=True), ("export",), False),
-    "orbax": (Orbax, ("train",), False),
+_ALL = ("train", "export", "moe")
+_Make = Callable[[dict[str, torch.Tensor], Path], Peer]
+#: Name → (how it is made, the workloads it takes part in, those in which `make bench-quick` has it).
+PEERS: dict[str, tuple[_Make, tuple[str, ...], tuple[str, ...]]] = {
+    FLOOR: (Floor, _ALL, _ALL),
+    "floor, no digest": (functools.partial(Floor, digest=False), ("train",), ()),
+    OURS: (Ckptmgr, ("train", "moe"), _ALL),
+    f"{OURS} export": (functools.partial(Ckptmgr, export=True, dcp=False), ("export",), _ALL),
+    f"{OURS} overlap": (functools.partial(Ckptmgr, overlap=True), ("train",), _ALL),
+    f"{OURS} both": (functools.partial(Ckptmgr, export=True), ("train",), ()),
+    "torch.save": (TorchSave, ("train", "moe"), ("train",)),
+    "safetensors": (SaveFile, ("export", "moe"), ("export",)),
+    "clone + thread": (CloneAndThread, ("export",), ()),
+    "xtuner fork": (Fork, _ALL, ("train", "export")),
+    "dcp.save": (DcpSave, ("train", "moe"), _ALL),
+    "dcp.async thread": (DcpAsync, ("train",), ()),
+    "dcp.async thread kept": (functools.partial(DcpAsync, kept=True), ("train", "moe"), _ALL),
+    "dcp.async process": (functools.partial(DcpAsync, process=True), ("train",), ()),
+    "dcp.async process kept": (functools.partial(DcpAsync, process=True, kept=True), ("train", "moe"), ()),
+    "dcp hf writer": (DcpHuggingFace, ("export",), _ALL),
+    "torch_checkpointing": (TorchCheckpointing, ("train", "moe"), ("train",)),
+    "torch_checkpointing st": (functools.partial(TorchCheckpointing, safetensors=True), ("export",), ()),
+    "orbax": (Orbax, ("train",), ()),
 }
 
 

@@ -86,8 +86,8 @@ def machine(figures: Figures) -> str:
         lines = [
             (
                 f"{when}: {facts['cores']} cores ({facts['processor']}), {facts['memory_bytes'] / _GIB:.0f} GiB, "
-                f"Linux {facts['kernel']}, {facts['filesystem']} on {facts['disk']}, Python {facts['python']}, {versions}; "
-                f"ckptmgr at {facts['ckptmgr']}."
+                f"Linux {facts['kernel']}, {facts['filesystem']} on {facts['disk']}, Python {facts['python']}, "
+                f"{versions}; ckptmgr at {facts['ckptmgr']}."
             )
         ]
     for word, unit in (("copy_mib_s", "one thread's copy"), ("durable_mib_s", "64 MiB written and synced")):

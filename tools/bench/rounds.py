@@ -73,15 +73,19 @@ class Worker:
         size: As of `workloads.specs`.
         descriptor: The memory file with the tensors.
         folder: Made anew, and removed at the end.
+        calibration_s: How long the training is timed on both sides of a save.
     """
 
-    def __init__(self, peer: str, workload: str, size: int, descriptor: int, folder: Path) -> None:
+    def __init__(
+        self, peer: str, workload: str, size: int, descriptor: int, folder: Path, calibration_s: float = 0.7
+    ) -> None:
         self.peer = peer
         self._folder = folder
         folder.mkdir(parents=True)
         self._log = folder.with_name(f"{folder.name}.log")
         order = {
-            "peer": peer, "workload": workload, "size": size, "descriptor": descriptor, "folder": str(folder)
+            "peer": peer, "workload": workload, "size": size, "descriptor": descriptor, "folder": str(folder),
+            "calibration_s": calibration_s,
         }  # fmt: skip
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("w") as log:
@@ -161,6 +165,8 @@ class Plan:
     #: Seconds after which a peer sits out the rounds that are left, two rounds at least having been run.
     budget_s: float
     folder: Path
+    #: How long the training is timed on both sides of a save, in seconds.
+    calibration_s: float = 0.7
     #: Additional workers per peer that live for one save only, for more first saves.
     firsts: int = 0
 
@@ -173,10 +179,17 @@ def run(plan: Plan, results: Results) -> None:
     living: dict[str, Worker] = {}
     spent: dict[str, float] = {}
     try:
-        for number, peer in enumerate(plan.peers):
+        say(f"{plan.workload}: starting {len(plan.peers)} peers")
+        for peer in plan.peers:
+            name = "".join(letter if letter.isalnum() else "-" for letter in peer)
+            folder = plan.folder / f"{plan.workload}-{name}"
+            living[peer] = Worker(peer, plan.workload, plan.size, descriptor, folder, plan.calibration_s)
+        for peer in plan.peers:
             with _noting(results, plan, peer, living):
-                say(f"{plan.workload}: starting {peer}")
-                living[peer] = _started(results, plan, peer, descriptor, fill=number == 0)
+                living[peer].ready()
+        for number, peer in enumerate(list(living)):
+            with _noting(results, plan, peer, living):
+                _start(results, plan, living[peer], fill=number == 0)
         for number in range(plan.firsts):
             for peer in chance.sample(list(living), len(living)):
                 with _noting(results, plan, peer, living):
@@ -251,28 +264,19 @@ def _noting(results: Results, plan: Plan, peer: str, living: dict[str, Worker]) 
             worker.stop()
 
 
-def _started(results: Results, plan: Plan, peer: str, descriptor: int, *, fill: bool) -> Worker:
-    name = "".join(letter if letter.isalnum() else "-" for letter in peer)
-    worker = Worker(peer, plan.workload, plan.size, descriptor, plan.folder / f"{plan.workload}-{name}")
-    try:
-        worker.ready()
-        results.about(plan.workload, peer).update(worker.ask("about"))
-        if fill:
-            worker.ask("fill", seed=plan.seed)
-        with machine.Watch(worker.pid) as watch:
-            before = watch.held()
-            opened = worker.ask("open")
-        results.add(plan.workload, peer, 0, **opened)
-        results.about(plan.workload, peer)["held_before"] = before
-    except PeerFailed:
-        worker.stop()
-        raise
-    return worker
+def _start(results: Results, plan: Plan, worker: Worker, *, fill: bool) -> None:
+    results.about(plan.workload, worker.peer).update(worker.ask("about"))
+    if fill:
+        worker.ask("fill", seed=plan.seed)
+    with machine.Watch(worker.pid) as watch:
+        before = watch.held()
+    results.about(plan.workload, worker.peer)["held_before"] = before
+    results.add(plan.workload, worker.peer, 0, **worker.ask("open"))
 
 
 def _first(results: Results, plan: Plan, peer: str, descriptor: int, number: int) -> None:
     """The first save of a process that does no other."""
-    worker = Worker(peer, plan.workload, plan.size, descriptor, plan.folder / "first")
+    worker = Worker(peer, plan.workload, plan.size, descriptor, plan.folder / "first", plan.calibration_s)
     try:
         worker.ready()
         worker.ask("open")

@@ -22,8 +22,6 @@ from bench import peers, workloads
 
 #: How often a save in the background is asked whether it is done.
 _POLL_S = 0.001
-#: How long the training is timed on both sides of a save.
-_CALIBRATION_S = 0.7
 
 
 class Service:
@@ -38,6 +36,7 @@ class Service:
         self._training = workloads.Training()
         self._training.run(lambda s: s > 0.1)
         self._step = 0
+        self._calibration_s = order["calibration_s"]
 
     def about(self) -> dict[str, Any]:
         """What is to be known of the peer."""
@@ -82,7 +81,7 @@ class Service:
 
     def train_and_save(self) -> dict[str, Any]:
         """One save while a training loop runs, timed on both sides."""
-        before = self._training.run(lambda s: s > _CALIBRATION_S)
+        before = self._training.run(lambda s: s > self._calibration_s)
         step = self._next()
         began = time.perf_counter()
         self._peer.save(step)
@@ -100,7 +99,7 @@ class Service:
         durable = time.perf_counter() - began
         self._peer.finish()
         self._clean()
-        after = self._training.run(lambda s: s > _CALIBRATION_S)
+        after = self._training.run(lambda s: s > self._calibration_s)
         rate = (before[0] + after[0]) / (before[1] + after[1])
         found = {"training_stall_s": stall, "training_durable_s": durable, "lost_s": durable - steps / rate}
         # A save that was over before a dozen steps says nothing of how much they were slowed.
