@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="rounds of each question (default 5; quick 3)")
     parser.add_argument("--tensors", type=int, help="how many small ones (default 20000; quick 2000)")
     parser.add_argument("--most-tensors", type=int, default=100_000, help="of ckptmgr alone (default 100000)")
-    parser.add_argument("--training-saves", type=int, default=4, help="of ckptmgr and the floor, in each round")
+    parser.add_argument(
+        "--training-saves", type=int, default=4, help="with training, of ckptmgr and the floor, in each round"
+    )
     parser.add_argument("--firsts", type=int, default=2, help="more first saves, each by a new process (default 2)")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds after which a peer sits out (default 120)")
     parser.add_argument("--seed", type=int, default=1, help="of the order in each round (default 1)")
@@ -113,11 +115,12 @@ def _ask(
             name for name, (_, _, quickly) in PEERS.items() if not quick or question in quickly
         ]
         names = [name for name in PEERS if name in {FLOOR, *chosen} and question in PEERS[name][1]]
+        always = [name for name in names if name in (FLOOR, OURS, f"{OURS} export")]
         many = 1 if quick else options.training_saves
         plan = rounds.Plan(
             workload=question, size=tensors if question == "moe" else int(scale * (1 << 30)), peers=names,
             rounds=number, seed=options.seed, budget_s=20.0 if quick else options.budget, folder=folder,
-            training={name: many if name == FLOOR or name.startswith(OURS) else 1 for name in names},
+            always=always, training={name: many if name in always else 1 for name in names},
             firsts=0 if quick or question == "moe" else options.firsts, calibration_s=0.3 if quick else 0.7,
         )  # fmt: skip
         rounds.run(plan, results)

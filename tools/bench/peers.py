@@ -563,7 +563,7 @@ _Make = Callable[[dict[str, torch.Tensor], Path], Peer]
 #: Name → (how it is made, the workloads it takes part in, those in which `make bench-quick` has it).
 PEERS: dict[str, tuple[_Make, tuple[str, ...], tuple[str, ...]]] = {
     FLOOR: (Floor, _ALL, _ALL),
-    "floor, no digest": (functools.partial(Floor, digest=False), ("train",), ()),
+    "floor undigested": (functools.partial(Floor, digest=False), ("train",), ()),
     OURS: (Ckptmgr, ("train", "moe"), _ALL),
     f"{OURS} export": (functools.partial(Ckptmgr, export=True, dcp=False), ("export",), _ALL),
     f"{OURS} overlap": (functools.partial(Ckptmgr, overlap=True), ("train",), _ALL),

@@ -164,9 +164,13 @@ class Plan:
     training: dict[str, int]
     #: Seconds after which a peer sits out the rounds that are left, two rounds at least having been run.
     budget_s: float
+    #: Peers that never do.
+    always: Sequence[str]
     folder: Path
     #: How long the training is timed on both sides of a save, in seconds.
     calibration_s: float = 0.7
+    #: Whether to load from a cold disk too, for which the page cache of the whole machine is dropped.
+    cold: bool = True
     #: Additional workers per peer that live for one save only, for more first saves.
     firsts: int = 0
 
@@ -192,12 +196,13 @@ def run(plan: Plan, results: Results) -> None:
                 _start(results, plan, living[peer], fill=number == 0)
         for number in range(plan.firsts):
             for peer in chance.sample(list(living), len(living)):
+                say(f"{plan.workload}: first save of {peer}")
                 with _noting(results, plan, peer, living):
                     _first(results, plan, peer, descriptor, number)
         for number in range(plan.rounds):
             results.noise.append({"at": time.time(), **machine.noise(plan.folder)})
             for peer in chance.sample(list(living), len(living)):
-                if number >= 2 and spent[peer] > plan.budget_s:
+                if number >= 2 and spent[peer] > plan.budget_s and peer not in plan.always:
                     results.about(plan.workload, peer)["rounds"] = f"{number} rounds: slow"
                     living.pop(peer).stop()
                     continue
@@ -307,7 +312,7 @@ def _round(results: Results, plan: Plan, worker: Worker, number: int) -> None:
     for _ in range(plan.training.get(worker.peer, 0)):
         add(worker.ask("train_and_save"))
     add(worker.ask("load", cold=False))
-    if why_not_cold() is None:
+    if plan.cold and why_not_cold() is None:
         add(worker.ask("load", cold=True))
 
 

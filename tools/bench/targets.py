@@ -284,7 +284,7 @@ def _checks() -> Iterator[Check]:
     yield Check("T11", "digests: CPU seconds per GiB", 0.1, "s", _digest_cpu)
     yield Check(
         "T11", "digests: durable, the floor with and without", 1.02, times,
-        _times("train", "durable_s", "floor, no digest", peer=_FLOOR),
+        _times("train", "durable_s", "floor undigested", peer=_FLOOR),
     )  # fmt: skip
     yield Check("T12", "journal on the training thread", 1, "ms", _worst_history("journal_on_thread_s", 1e3))
     yield Check("T12", "the same, as a part of the stall", 0.01, "", _journal_share)
