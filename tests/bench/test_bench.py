@@ -234,8 +234,7 @@ def test_ckptmgr_the_floor_and_dcp_save_are_measured_and_a_peer_that_cannot_be_h
     names = ["floor", "ckptmgr", "dcp.save", "orbax"]
     plan = rounds.Plan(
         workload="train", size=4 << 20, peers=names, rounds=1, seed=1, training={"ckptmgr": 1}, budget_s=60.0,
-        always=(),
-        folder=tmp_path, calibration_s=0.1, cold=False,
+        always=(), folder=tmp_path, calibration_s=0.1, cold=False,
     )  # fmt: skip
     results = rounds.Results()
     rounds.run(plan, results)

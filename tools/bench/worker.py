@@ -161,10 +161,12 @@ class Service:
         return self._step
 
     def _overlapped(self) -> float:
-        """What an update of the weights that comes half a second of work after the save still waits for."""
+        """What an update of the weights still waits for that comes half a second after the save, or when it is done."""
         if not self._peer.overlap:
             return 0.0
-        time.sleep(0.5)
+        until = time.perf_counter() + 0.5
+        while time.perf_counter() < until and not self._peer.done():
+            time.sleep(_POLL_S)
         began = time.perf_counter()
         with self._peer.updating():
             return time.perf_counter() - began
