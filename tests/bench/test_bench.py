@@ -44,6 +44,13 @@ def test_a_ratio_is_to_the_best_of_the_others_that_were_measured() -> None:
     assert figures.ratio("train", "stall_s", "d", ("a",)) is None
 
 
+def test_a_ratio_is_of_the_rounds_that_both_were_measured_in() -> None:
+    samples = {("train", "a", "stall_s"): [2.0, 2.0, 9.0, 9.0, 9.0], ("train", "b", "stall_s"): [1.0, 1.0]}
+
+    assert found(samples).ratio("train", "stall_s", "a", ("b",)) == (2.0, "b")
+    assert found(samples).ratio("train", "stall_s", "b", ("a",)) == (0.5, "a")
+
+
 def test_a_peer_that_saves_something_else_is_no_rival() -> None:
     samples = {("train", peer, "stall_s"): [value] for peer, value in {"ckptmgr": 3.0, "b": 2.0, "c": 1.0}.items()}
     figures = found(samples, c={"wrong_tensors": 1})

@@ -98,8 +98,8 @@ def measure(options: argparse.Namespace) -> rounds.Results:
     try:
         for question in asked:
             _ask(question, options, results, folder, scale=scale, number=number, tensors=tensors)
-            into.write_text(results.to_json())
     finally:
+        into.write_text(results.to_json())  # of a run that is cut short too
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{time.monotonic() - began:.0f} s; the samples are in {into}", file=sys.stderr)
     return results

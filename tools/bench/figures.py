@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -29,10 +30,11 @@ class Figures:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        values: dict[tuple[str, str, str], list[float]] = {}
+        self._values: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
         for row in results.samples:
-            values.setdefault((row["workload"], row["peer"], row["measure"]), []).append(row["value"])
-        self._figures = {key: Figure.of(found) for key, found in values.items()}
+            key = (row["workload"], row["peer"], row["measure"])
+            self._values.setdefault(key, []).append((row["round"], row["value"]))
+        self._figures = {key: Figure.of([value for _, value in found]) for key, found in self._values.items()}
 
     def get(self, workload: str, peer: str, measure: str) -> Figure | None:
         """One figure, None if there is no sample."""
@@ -62,22 +64,28 @@ class Figures:
         """
         How many times the median of *peer* is that of the best of *others*, and which one that is.
 
-        Those that fail the snapshot check are no rivals. Training lost counts as the stall at least: that nothing was
-        lost by a save is noise.
+        Only rounds that both were measured in count, so that a peer that sat out is not compared with an hour in which
+        the machine was busier. Those that fail the snapshot check are no rivals. Training lost counts as the stall at
+        least: that nothing was lost by a save is noise.
         """
-        mine = self._at_least_stall(workload, peer, measure)
-        rivals = [
-            (value, name)
-            for name in others
-            if not self.results.peers.get(workload, {}).get(name, {}).get("wrong_tensors")
-            and (value := self._at_least_stall(workload, name, measure)) is not None
-        ]
-        if mine is None or not rivals:
-            return None
-        value, name = min(rivals)
-        return mine / max(value, 1e-9), name
+        found = []
+        for name in others:
+            if self.results.peers.get(workload, {}).get(name, {}).get("wrong_tensors"):
+                continue
+            rounds = self._rounds(workload, peer, measure) & self._rounds(workload, name, measure)
+            mine, theirs = (self._in_rounds(workload, one, measure, rounds) for one in (peer, name))
+            if mine is not None and theirs is not None:
+                found.append((mine / max(theirs, 1e-9), name))
+        return max(found, default=None)
 
-    def _at_least_stall(self, workload: str, peer: str, measure: str) -> float | None:
-        value = self.median(workload, peer, measure)
-        stall = self.median(workload, peer, "training_stall_s") if measure == "lost_s" else None
-        return max(value, stall) if value is not None and stall is not None else value
+    def _rounds(self, workload: str, peer: str, measure: str) -> set[int]:
+        return {number for number, _ in self._values.get((workload, peer, measure), ())}
+
+    def _in_rounds(self, workload: str, peer: str, measure: str, rounds: set[int]) -> float | None:
+        """The median over some rounds, or over all if there are none; the stall at least where it is training lost."""
+        values = self._values.get((workload, peer, measure), [])
+        chosen = [value for number, value in values if number in rounds] or [value for _, value in values]
+        if not chosen:
+            return None
+        stall = self._in_rounds(workload, peer, "training_stall_s", rounds) if measure == "lost_s" else None
+        return max(statistics.median(chosen), stall or -math.inf)

@@ -113,6 +113,8 @@ class Service:
                 continue
             if cold:
                 forget_pages()
+            else:
+                peers.read_all(self._peer.place(self._step))
             began = time.perf_counter()
             load(self._step)
             word = name if name == "load" else f"load_{name}"
