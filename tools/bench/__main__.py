@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="small states, few rounds, the main peers; under 3 minutes"
     )
-    parser.add_argument("--scale", type=float, help="GiB of the states of train and export (default 1; quick 0.12)")
+    parser.add_argument("--scale", type=float, help="GiB of the states of train and export (default 1; quick 0.06)")
     parser.add_argument("--rounds", type=int, help="rounds of each question (default 5; quick 3)")
-    parser.add_argument("--tensors", type=int, help="how many small ones (default 20000; quick 2000)")
+    parser.add_argument("--tensors", type=int, help="how many small ones (default 20000; quick 1000)")
     parser.add_argument("--most-tensors", type=int, default=100_000, help="of ckptmgr alone (default 100000)")
     parser.add_argument(
         "--training-saves", type=int, default=4, help="with training, of ckptmgr and the floor, in each round"
@@ -81,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> rounds.Results:
     """Ask the questions; the results also stand in a file."""
     quick = options.quick
-    scale = options.scale or (0.12 if quick else 1.0)
+    scale = options.scale or (0.06 if quick else 1.0)
     number = options.rounds or (3 if quick else 5)
-    tensors = options.tensors or (2000 if quick else 20_000)
+    tensors = options.tensors or (1000 if quick else 20_000)
     asked = options.only.split(",") if options.only else [name for name in QUESTIONS if not (quick and name == "many")]
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="work-", dir=options.folder.resolve()))
