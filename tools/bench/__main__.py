@@ -97,6 +97,7 @@ def measure(options: argparse.Namespace) -> rounds.Results:
     began = time.monotonic()
     try:
         for question in asked:
+            rounds.say(f"{time.monotonic() - began:.0f} s: {question}")
             _ask(question, options, results, folder, scale=scale, number=number, tensors=tensors)
     finally:
         into.write_text(results.to_json())  # of a run that is cut short too
