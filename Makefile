@@ -3,15 +3,18 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Where ckptmgr and what it is compared with are installed together, for `make bench` alone.
+BENCH := .venv-bench
 # Processes that run the tests; 0 runs them in pytest's own.
 WORKERS ?= 2
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+PIP_TO := python -m pip --disable-pip-version-check install --constraint constraints.txt
+PIP := $(BIN)/$(PIP_TO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture mutants soak fuzz lint docs check clean
+.PHONY: help demo test torture mutants soak fuzz bench bench-quick lint docs check clean
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 14
 
 demo: $(VENV)/installed ## kill a training job in the middle of a save and see that nothing is lost (about 2 min)
 	$(BIN)/python tools/demo/demo.py $(DEMO)
@@ -31,6 +34,12 @@ soak: $(VENV)/installed ## thousands of saves with random faults, and whether an
 fuzz: $(VENV)/installed-fuzz ## every parser of bytes from disk, fed by coverage (about 20 min; FUZZ='--seconds 300 --only index')
 	$(BIN)/python tools/fuzz $(FUZZ)
 
+bench: $(BENCH)/installed ## how fast ckptmgr and its peers save and load, side by side (about 1 h; BENCH_OPTIONS='--scale 2 --docs')
+	$(BENCH)/bin/python tools/bench $(BENCH_OPTIONS)
+
+bench-quick: $(BENCH)/installed ## the main questions with small states (under 3 min on an idle machine)
+	$(BENCH)/bin/python tools/bench --quick $(BENCH_OPTIONS)
+
 lint: $(VENV)/installed-tools ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +51,7 @@ docs: $(VENV)/installed-tools ## build the documentation into site/
 check: lint docs test ## all three
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) build dist site runs/demo runs/demo-small *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(BENCH) build dist site runs/demo runs/demo-small *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find ckptmgr migrations tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed again only when what is to be installed has changed. torch comes first and alone, so that
@@ -60,6 +69,15 @@ $(VENV)/installed-tools: $(VENV)/installed
 # Apart from all else: atheris has no wheel for every Python.
 $(VENV)/installed-fuzz: $(VENV)/installed
 	$(PIP) -qq --editable '.[test,fuzz]'
+	@touch $@
+
+# A peer that cannot be installed keeps nobody from measuring the others: its row says so.
+$(BENCH)/installed: pyproject.toml constraints.txt tools/bench/requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv $(BENCH)
+	$(BENCH)/bin/$(PIP_TO) torch==2.13.0
+	$(BENCH)/bin/$(PIP_TO) -qq --editable .
+	grep -v '^#' tools/bench/requirements.txt | while read -r peer; do \
+		$(BENCH)/bin/$(PIP_TO) -qq "$$peer" || echo "without $$peer" >&2; done
 	@touch $@
 
 $(BIN)/python:

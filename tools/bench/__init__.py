@@ -1,0 +1,1 @@
+"""How fast ckptmgr and its peers save and load, side by side in one run; see `__main__`."""
