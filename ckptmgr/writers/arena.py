@@ -290,9 +290,10 @@ class Arena:
         """The small ones of *indexes* in batches; kept, with their buffer, until others come."""
         assert self._layout is not None
         if self._batches is None or self._batches[:2] != (device, indexes):
-            self._batches = None
-            buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=device)
-            self._batches = (device, indexes, batches(self._layout.copies, indexes, buffer))
+            self._batches = (device, indexes, [])
+            if sum(0 < self._layout.copies[index].nbytes <= SMALL_BYTES for index in indexes) > 1:
+                buffer = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=device)
+                self._batches = (device, indexes, batches(self._layout.copies, indexes, buffer))
         return self._batches[2]
 
     def _wait_for_gpus(self) -> None:
