@@ -341,37 +341,39 @@ def _shape(about: list[Any], state_dicts: Mapping[str, Any], tensors: list[torch
     Its tensors are appended to *tensors*, in the order in which PyTorch finds them.
     """
 
-    def look(value: Any) -> None:
-        kind = type(value)
-        if kind in (torch.Tensor, torch.nn.Parameter):
-            tensors.append(value)
-            about.append((value.dtype, value.shape, value.layout, value.is_meta, value.is_quantized))
-        elif kind is DTensor:
-            local = value._local_tensor
-            if type(local) is not torch.Tensor:
-                raise TypeError
-            tensors.append(value)
-            about.append((value.device_mesh, value.placements, value.shape, local.dtype, local.shape, local.layout))
-            about.append((local.is_meta, local.is_quantized))
-        elif isinstance(value, torch.Tensor):
-            raise TypeError
-        elif isinstance(value, Mapping):
-            keys = tuple(value)
-            about.append((keys, tuple(map(type, keys))))
-            for below in value.values():
-                look(below)
-        elif isinstance(value, list) and any(isinstance(below, torch.Tensor | Mapping | list) for below in value):
-            about.append(len(value))
-            for below in value:
-                look(below)
-        else:
-            about.append(None)  # stored as it is now, whatever it is
-
     try:
-        look(state_dicts)
+        _describe(state_dicts, about, tensors)
     except (TypeError, RecursionError):
         return None
     return about
+
+
+def _describe(value: Any, about: list[Any], tensors: list[torch.Tensor]) -> None:
+    """One value for `_shape`; as an inner function it would keep the tensors until the next garbage collection."""
+    kind = type(value)
+    if kind in (torch.Tensor, torch.nn.Parameter):
+        tensors.append(value)
+        about.append((value.dtype, value.shape, value.layout, value.is_meta, value.is_quantized))
+    elif kind is DTensor:
+        local = value._local_tensor
+        if type(local) is not torch.Tensor:
+            raise TypeError
+        tensors.append(value)
+        about.append((value.device_mesh, value.placements, value.shape, local.dtype, local.shape, local.layout))
+        about.append((local.is_meta, local.is_quantized))
+    elif isinstance(value, torch.Tensor):
+        raise TypeError
+    elif isinstance(value, Mapping):
+        keys = tuple(value)
+        about.append((keys, tuple(map(type, keys))))
+        for below in value.values():
+            _describe(below, about, tensors)
+    elif isinstance(value, list) and any(isinstance(below, torch.Tensor | Mapping | list) for below in value):
+        about.append(len(value))
+        for below in value:
+            _describe(below, about, tensors)
+    else:
+        about.append(None)  # stored as it is now, whatever it is
 
 
 def _check_copies(plans: Sequence[SavePlan]) -> None:

@@ -117,7 +117,7 @@ class _Lost(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.detach:
+        if function in (torch.Tensor.detach, torch.Tensor.copy_, torch._foreach_copy_):
             raise RuntimeError("the device is lost")
         return super().__torch_function__(function, kinds, args, kwargs)
 
