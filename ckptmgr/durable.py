@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from ckptmgr import reach
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+#: What a write past the page cache has to be aligned to, in bytes; no file system that we know asks for more.
+DIRECT_BLOCK = 4096
 #: How often a directory is emptied that somebody else fills: whoever syncs what he makes is much slower.
 _MOST_TRIES = 100
 #: The file system or the kernel does not know renameat2 or the flag asked for.
@@ -180,6 +183,56 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
             raise OSError(errno.EIO, "write returned 0")
         offset += written
         data = data[written:]
+
+
+@contextlib.contextmanager
+def direct(descriptor: int) -> Iterator[bool]:
+    """
+    Let writes to *descriptor* go past the page cache within the block, which is for `write_direct` alone.
+
+    The bytes still need the fsync: the device may have a cache, and the file's size and extents are not written yet.
+
+    Returns:
+        Whether the file system says that it can.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
+
+def write_direct(descriptor: int, data: memoryview, offset: int) -> int:
+    """
+    Write *data* at *offset* past the page cache, as far as that goes.
+
+    Its place in memory, *offset* and its length are multiples of `DIRECT_BLOCK`.
+
+    Returns:
+        How many bytes were written. The rest, of a write that the kernel cut short within a block, or of one that
+        the file system does not take, is to be written with `write_at` after the block of `direct`.
+    """
+    written = 0
+    while written < len(data):
+        try:
+            count = os.pwrite(descriptor, data[written:], offset + written)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break
+        if count == 0:
+            raise OSError(errno.EIO, "write returned 0")
+        written += count
+        if count % DIRECT_BLOCK:
+            break
+    return written
 
 
 def set_size(descriptor: int, size: int) -> bool:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
+from ckptmgr.durable import DIRECT_BLOCK
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import Format
 from ckptmgr.options import parse_size
@@ -326,7 +327,8 @@ class HuggingFaceWriter:
         files: list[FileJob] = []
         end = 0
         for file, parts in mine.own:
-            start = aligned(end)
+            # Aligned as in the file, so that it can be written past the page cache.
+            start = aligned(end, DIRECT_BLOCK)
             constants.append((start, file.header))
             for part in parts:
                 at = part.runs[0][0] if part.runs else part.begin

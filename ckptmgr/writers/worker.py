@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
+import itertools
 import mmap
 import os
 import select
@@ -20,7 +22,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +34,10 @@ from ckptmgr.writers.jobs import Answer, ArenaJob, DigestJob, FileJob, WriteJob
 
 _PR_SET_PDEATHSIG = 1
 _CHUNK = 8 << 20
+#: From how many bytes on it is quicker to go past the page cache, whose pages take longer to fill than the disk.
+_LEAST_DIRECT = 1 << 20
+#: Writes under way at a time: the disk has the next one while this one returns.
+_DIRECT_THREADS = 2
 _SLOT_POLL_S = 0.02
 
 
@@ -98,6 +105,9 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
 
 
 def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None) -> str:
+    for segment in file.segments:
+        if segment.arena_offset + segment.length * segment.count > len(memory):
+            raise ValueError(f"{file.path} needs bytes that this process's arena of {len(memory)} bytes lacks")
     digest = Digest()
     with durable.new_file(path, mode=mode) if file.own else durable.shared_file(path) as descriptor:
         if file.own:
@@ -105,17 +115,78 @@ def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None)
         if file.data is not None:
             digest.update(file.data)
             durable.write_at(descriptor, memoryview(file.data), 0)
-        for segment in file.segments:
-            if segment.arena_offset + segment.length * segment.count > len(memory):
-                raise ValueError(f"{file.path} needs bytes that this process's arena of {len(memory)} bytes lacks")
-            for file_offset, arena_offset in segment.runs():
-                for start in range(0, segment.length, _CHUNK):
-                    stop = min(start + _CHUNK, segment.length)
-                    with memory[arena_offset + start : arena_offset + stop] as chunk:
-                        if file.own:
-                            digest.update(chunk)
-                        durable.write_at(descriptor, chunk, file_offset + start)
+        pieces: Iterable[_Piece] = _pieces(file)
+        if file.own and file.size >= _LEAST_DIRECT:
+            pieces = _write_directly(descriptor, list(pieces), memory, digest)
+        for piece in pieces:
+            with piece.bytes_in(memory) as chunk:
+                if file.own and not piece.is_digested:
+                    digest.update(chunk)
+                durable.write_at(descriptor, chunk, piece.file_offset)
     return digest.text
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """At most `_CHUNK` bytes that lie together in the arena and in the file."""
+
+    file_offset: int
+    arena_offset: int
+    length: int
+    is_direct: bool = False
+    is_digested: bool = False
+
+    def bytes_in(self, memory: memoryview) -> memoryview:
+        return memory[self.arena_offset : self.arena_offset + self.length]
+
+    def after(self, written: int) -> _Piece:
+        """What is left of it, for the page cache."""
+        return _Piece(self.file_offset + written, self.arena_offset + written, self.length - written, is_digested=True)
+
+
+def _pieces(file: FileJob) -> Iterator[_Piece]:
+    """All of a file in its order; what goes past the page cache is whole blocks of it, many together."""
+    for segment in file.segments:
+        for file_offset, arena_offset in segment.runs():
+            ends = [0, segment.length]
+            if file.own and (file_offset - arena_offset) % durable.DIRECT_BLOCK == 0:
+                first = -file_offset % durable.DIRECT_BLOCK
+                last = segment.length - (file_offset + segment.length) % durable.DIRECT_BLOCK
+                if last - first >= _LEAST_DIRECT:
+                    ends = [0, first, last, segment.length]
+            for begin, end in itertools.pairwise(ends):
+                is_direct = len(ends) > 2 and begin == ends[1]
+                for start in range(begin, end, _CHUNK):
+                    yield _Piece(file_offset + start, arena_offset + start, min(_CHUNK, end - start), is_direct)
+
+
+def _write_directly(descriptor: int, pieces: list[_Piece], memory: memoryview, digest: Digest) -> list[_Piece]:
+    """
+    Digest all of a file and write what goes past the page cache meanwhile, on threads; returns what is left to write.
+
+    The page cache has the rest to itself: no page of it is written both ways.
+    """
+
+    def write(piece: _Piece) -> _Piece:
+        with piece.bytes_in(memory) as chunk:
+            return piece.after(durable.write_direct(descriptor, chunk, piece.file_offset))
+
+    rest = []
+    with durable.direct(descriptor) as can, ThreadPoolExecutor(_DIRECT_THREADS) as threads:
+        if not can:
+            return pieces
+        try:
+            written = [threads.submit(write, piece) if piece.is_direct else None for piece in pieces]
+            for piece in pieces:
+                with piece.bytes_in(memory) as chunk:
+                    digest.update(chunk)
+            for piece, future in zip(pieces, written, strict=True):
+                left = piece.after(0) if future is None else future.result()
+                rest += [left] if left.length else []
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return rest
 
 
 def _read_back(job: DigestJob) -> Answer:

@@ -1,0 +1,195 @@
+"""What goes past the page cache: the same bytes and digest, whatever the kernel makes of a write."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptmgr import durable
+from ckptmgr.manifest import Digest
+from ckptmgr.writers import worker
+from ckptmgr.writers.jobs import FileJob, Segment
+
+BLOCK = durable.DIRECT_BLOCK
+MIB = 1 << 20
+SIZE = 40 * MIB + 3 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[memoryview]:
+    mapped = mmap.mmap(-1, SIZE)
+    mapped[:] = random.Random(1).randbytes(SIZE)
+    with memoryview(mapped) as view:
+        yield view
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
+    """Of every write: whether it went past the page cache, where, and how many bytes were asked for."""
+    made: list[tuple[bool, int, int]] = []
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        made.append((is_direct(descriptor), offset, len(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return made
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def write(path: Path, memory: memoryview, *segments: Segment) -> None:
+    """Write a file that these segments make up, and compare."""
+    size = sum(segment.length for segment in segments)
+    file = FileJob(path.name, size, own=True, segments=segments)
+    digest = worker._write_file(path, file, memory, None)
+    expected = b"".join(memory[one.arena_offset : one.arena_offset + one.length] for one in segments)
+    assert path.read_bytes() == expected
+    assert digest == Digest(expected).text
+
+
+@pytest.mark.parametrize("size", [MIB - 1, MIB, MIB + 1, 3 * MIB + BLOCK - 1, 8 * MIB, 8 * MIB + BLOCK, 33 * MIB + 5])
+@pytest.mark.parametrize("start", [0, BLOCK, 64])
+def test_whole_blocks_of_what_lies_alike_go_past_the_page_cache(
+    tmp_path: Path, memory: memoryview, calls: list[tuple[bool, int, int]], size: int, start: int
+) -> None:
+    write(tmp_path / "f", memory, Segment(0, start, size))
+
+    direct = sum(length for past, _, length in calls if past)
+    assert direct == (size // BLOCK * BLOCK if start % BLOCK == 0 and size >= MIB else 0)
+    assert sum(length for _, _, length in calls) == size
+    assert all(offset % BLOCK == length % BLOCK == 0 for past, offset, length in calls if past)
+
+
+def test_a_piece_in_the_middle_of_a_block_leaves_its_ends_to_the_page_cache(
+    tmp_path: Path, memory: memoryview, calls: list[tuple[bool, int, int]]
+) -> None:
+    write(
+        tmp_path / "f",
+        memory,
+        Segment(0, 64, 100),
+        Segment(100, 2 * BLOCK + 100, 5 * MIB),
+        Segment(5 * MIB + 100, 0, 7),
+    )
+
+    assert sorted((offset, length) for past, offset, length in calls if past) == [(BLOCK, 5 * MIB - BLOCK)]
+    assert sorted(offset for past, offset, _ in calls if not past) == [0, 100, 5 * MIB, 5 * MIB + 100]
+
+
+def test_parts_of_shared_files_stay_in_the_page_cache_from_which_their_digest_is_taken(
+    tmp_path: Path, memory: memoryview, calls: list[tuple[bool, int, int]]
+) -> None:
+    (tmp_path / "f").write_bytes(bytes(4 * MIB))
+    worker._write_file(
+        tmp_path / "f", FileJob("f", 4 * MIB, own=False, segments=(Segment(0, 0, 4 * MIB),)), memory, None
+    )
+
+    assert (tmp_path / "f").read_bytes() == memory[: 4 * MIB]
+    assert not any(past for past, _, _ in calls)
+
+
+def half(descriptor: int, data: memoryview, offset: int, real: Callable[..., int]) -> int:
+    return real(descriptor, data[: max(BLOCK, len(data) // 2 // BLOCK * BLOCK)], offset)
+
+
+def odd(descriptor: int, data: memoryview, offset: int, real: Callable[..., int]) -> int:
+    """What a device does that runs full, or a signal, in the middle of a block."""
+    if not is_direct(descriptor) or len(data) <= BLOCK:
+        return real(descriptor, data, offset)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+    try:
+        return real(descriptor, data[: len(data) // 3 | 1], offset)
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+def refused(descriptor: int, data: memoryview, offset: int, real: Callable[..., int]) -> int:
+    if is_direct(descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return real(descriptor, data, offset)
+
+
+def refused_later(descriptor: int, data: memoryview, offset: int, real: Callable[..., int]) -> int:
+    return (refused if offset >= 16 * MIB else half)(descriptor, data, offset, real)
+
+
+@pytest.mark.parametrize("how", [half, odd, refused, refused_later])
+def test_a_write_that_is_cut_short_or_not_taken_is_gone_on_with(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, how: Callable[..., int]
+) -> None:
+    real, lock = os.pwrite, threading.Lock()
+
+    def pwrite(*args: Any) -> int:
+        with lock:
+            return how(*args, real)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    write(tmp_path / "f", memory, Segment(0, 0, SIZE - 5))
+
+
+def test_a_file_system_that_has_only_its_page_cache_is_written_through_it(
+    tmp_path: Path, memory: memoryview, calls: list[tuple[bool, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.fcntl
+
+    def refuse(descriptor: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    write(tmp_path / "f", memory, Segment(0, 0, 9 * MIB + 1))
+    assert not any(past for past, _, _ in calls)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT, 0])
+@pytest.mark.parametrize("at", [0, 16 * MIB, 32 * MIB])
+def test_an_error_fails_the_file_and_leaves_no_thread_writing(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, error: int, at: int
+) -> None:
+    """0 is a write that says that it has written nothing."""
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset != at:
+            return real(descriptor, data, offset)
+        if not error:
+            return 0
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    before, opened = threading.active_count(), _descriptors()
+    with pytest.raises(OSError, match="returned 0" if not error else os.strerror(error)) as caught:
+        write(tmp_path / "f", memory, Segment(0, 0, SIZE))
+    assert caught.value.errno == (error or errno.EIO)
+    assert threading.active_count() == before
+    assert _descriptors() == opened
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_the_bytes_are_synced_after_the_last_of_them_was_written(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the page cache is not past the device's, and does not write the file's extents."""
+    seen: list[str] = []
+    writes, syncs = os.pwrite, os.fsync
+    monkeypatch.setattr(os, "pwrite", lambda *args: (writes(*args), seen.append("write"))[0])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append("sync"), syncs(descriptor))[1])
+    write(tmp_path / "f", memory, Segment(0, 0, SIZE - 1))
+    assert seen.count("write") > 4
+    assert seen.index("sync") == seen.count("write")
