@@ -758,9 +758,9 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "writers/worker.py",
-                "                        durable.write_at(descriptor, chunk, file_offset + start)\n",
-                "                        with contextlib.suppress(OSError):\n"
-                "                            durable.write_at(descriptor, chunk, file_offset + start)\n",
+                "                durable.write_at(descriptor, chunk, piece.file_offset)\n",
+                "                with contextlib.suppress(OSError):\n"
+                "                    durable.write_at(descriptor, chunk, piece.file_offset)\n",
             ),
         ),
         (
@@ -825,8 +825,8 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             Edit(
                 "writers/worker.py",
-                "            if segment.arena_offset + segment.length * segment.count > len(memory):\n",
-                "            if False:\n",
+                "        if segment.arena_offset + segment.length * segment.count > len(memory):\n",
+                "        if False:\n",
             ),
         ),
         (_tests("writer tests", "writers/test_writer_process.py", sign="."),),
