@@ -79,18 +79,19 @@ def _open_directory(folder: int, name: str) -> int:
 
 def sync_file(path: Path) -> None:
     """Fsync the bytes of *path* through a fresh descriptor; its name needs `sync_directory`."""
-    with reach.parent(path) as (folder, name), reach.regular(folder, name) as descriptor:
+    with reach.naming(path), reach.parent(path) as (folder, name), reach.regular(folder, name) as descriptor:
         os.fsync(descriptor)
 
 
 def sync_directory(path: Path) -> None:
     """Fsync a directory: names created in it, renamed into it or removed from it are durable on return."""
-    with reach.parent(path) as (folder, name):
-        descriptor = _open_directory(folder, name)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with reach.naming(path):
+        with reach.parent(path) as (folder, name):
+            descriptor = _open_directory(folder, name)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_directories(root: Path) -> None:

@@ -91,7 +91,7 @@ def read(path: Path, limit: int) -> bytes:
         CorruptCheckpoint: It has more than *limit* bytes.
         OSError: It cannot be read, or is no regular file.
     """
-    with _naming(path), parent(path) as (folder, name), regular(folder, name) as descriptor:
+    with naming(path), parent(path) as (folder, name), regular(folder, name) as descriptor:
         size = os.fstat(descriptor).st_size
         pieces: list[bytes] = []
         # Not only by what fstat says: the file may grow meanwhile.
@@ -106,7 +106,7 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def _step(part: str, here: int, path: object) -> int:
-    with _naming(path):
+    with naming(path):
         try:
             return os.open(part, _STEP, dir_fd=here)
         except NotADirectoryError as error:
@@ -115,8 +115,8 @@ def _step(part: str, here: int, path: object) -> int:
 
 
 @contextlib.contextmanager
-def _naming(path: object) -> Iterator[None]:
-    """Let an error name the whole *path*; the kernel was given one part of it."""
+def naming(path: object) -> Iterator[None]:
+    """Let an error name the whole *path*; the kernel was given one part of it, or a descriptor."""
     try:
         yield
     except OSError as error:

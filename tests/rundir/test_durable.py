@@ -35,6 +35,12 @@ def test_a_directory_is_made_with_the_permissions_it_is_to_have(tmp_path: Path) 
     assert (tmp_path / "other").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
+def test_a_refused_fsync_says_of_what() -> None:
+    for refused, sync in ((Path("/proc"), durable.sync_directory), (Path("/proc/version"), durable.sync_file)):
+        with pytest.raises(OSError, match=f"Invalid argument: '{refused}'"):
+            sync(refused)
+
+
 def test_missing_parents_are_made_and_existing_ones_left(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").touch()

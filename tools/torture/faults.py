@@ -117,7 +117,7 @@ class Sweep:
         fault: What the table calls it.
         words: Series and scenario, such as ``dcp steady``, or ``create``.
         world: Ranks.
-        orders: The order for a call, given its number and what it was when nothing struck; None to leave it out.
+        orders: The order for a call, given what it was when nothing struck; None to leave it out.
         afterwards: The fault ends, and there is another save.
         kinds: Which calls are numbered.
         scenario: What *words* stand for, if it is none that they name.
@@ -129,7 +129,7 @@ class Sweep:
         fault: str,
         words: str,
         world: int,
-        orders: Callable[[int, Call], Orders | None],
+        orders: Callable[[Call], Orders | None],
         *,
         afterwards: bool,
         kinds: tuple[Kind, ...] = shim.CHANGES,
@@ -166,8 +166,8 @@ class Sweep:
         return [call for call in shim.calls(trace) if call.kind in self._kinds]
 
     def points(self, prepared: Sequence[Call]) -> Iterator[int]:
-        """The numbers of the calls at which this fault makes sense."""
-        return (n for n, call in enumerate(prepared, 1) if self._orders(n, call) is not None)
+        """The places among those of *prepared*, from 1, at which this fault makes sense."""
+        return (n for n, call in enumerate(prepared, 1) if self._orders(call) is not None)
 
     def phase(self, n: int, prepared: Sequence[Call]) -> str:
         """Where in the run's life the *n*-th call was made when nothing struck."""
@@ -176,7 +176,7 @@ class Sweep:
     def strike(self, ground: Ground, folder: Path, n: int, prepared: Sequence[Call]) -> Outcome:
         """Let the fault strike at the *n*-th call and judge what is left."""
         call = prepared[n - 1]
-        orders = self._orders(n, call)
+        orders = self._orders(call)
         assert orders is not None
         if orders.action is Action.FAIL and call.kind is Kind.FSYNC:
             orders = dataclasses.replace(orders, trace=str(folder / "trace"))
@@ -276,7 +276,7 @@ class RecoverySweep(Sweep):
         orders: As of a `Sweep`.
     """
 
-    def __init__(self, fault: str, words: str, first: str, orders: Callable[[int, Call], Orders | None]) -> None:
+    def __init__(self, fault: str, words: str, first: str, orders: Callable[[Call], Orders | None]) -> None:
         super().__init__(fault, words, 1, orders, afterwards=False)
         self._first = first
         self._left: Path | None = None
@@ -423,36 +423,36 @@ CRASHED = (
 )
 
 
-def _kill(target: int, phases: Iterable[Phase] = tuple(Phase)) -> Callable[[int, Call], Orders | None]:
+def _kill(target: int, phases: Iterable[Phase] = tuple(Phase)) -> Callable[[Call], Orders | None]:
     wanted = frozenset(phases)
-    return lambda n, call: Orders(n, Action.KILL, target=target) if call.phase in wanted else None
+    return lambda call: Orders(call.number, Action.KILL, target=target) if call.phase in wanted else None
 
 
-def _fail(code: int, *, sticky: bool) -> Callable[[int, Call], Orders | None]:
+def _fail(code: int, *, sticky: bool) -> Callable[[Call], Orders | None]:
     no_space = code in (errno.ENOSPC, errno.EDQUOT)
 
-    def orders(n: int, call: Call) -> Orders | None:
+    def orders(call: Call) -> Orders | None:
         if no_space and call.kind not in shim.TAKES_SPACE:
             return None
-        return Orders(n, Action.FAIL, code, sticky=sticky)
+        return Orders(call.number, Action.FAIL, code, sticky=sticky)
 
     return orders
 
 
-def _stop(n: int, call: Call) -> Orders | None:
+def _stop(call: Call) -> Orders | None:
     # Within a transaction SQLite keeps the heir out, which takes its whole patience and shows nothing.
     inside = ".journal.db" in call.path
     late = call.phase not in (Phase.START, Phase.END)
-    return Orders(n, Action.STOP, target=shim.EVERYONE) if late and not inside else None
+    return Orders(call.number, Action.STOP, target=shim.EVERYONE) if late and not inside else None
 
 
-def _fail_close(n: int, call: Call) -> Orders | None:
+def _fail_close(call: Call) -> Orders | None:
     # SQLite does not care, and need not: what it has synced is synced.
-    return None if ".journal.db" in call.path else Orders(n, Action.FAIL, errno.EIO, kinds=(Kind.CLOSE,))
+    return None if ".journal.db" in call.path else Orders(call.number, Action.FAIL, errno.EIO, kinds=(Kind.CLOSE,))
 
 
-def _write(action: Action) -> Callable[[int, Call], Orders | None]:
-    return lambda n, call: Orders(n, action, target=shim.EVERYONE) if call.kind is Kind.WRITE else None
+def _write(action: Action) -> Callable[[Call], Orders | None]:
+    return lambda call: Orders(call.number, action, target=shim.EVERYONE) if call.kind is Kind.WRITE else None
 
 
 def sweeps() -> list[Sweep]:

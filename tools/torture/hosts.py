@@ -43,7 +43,9 @@ class LinkCut(StoppedSweep):
     """
 
     def __init__(self, fault: str, words: str, cut: Callable[[Hosts], None]) -> None:
-        super().__init__(fault, words, 2, lambda n, _: Orders(n, Action.STOP, target=EVERYONE), afterwards=True)
+        super().__init__(
+            fault, words, 2, lambda call: Orders(call.number, Action.STOP, target=EVERYONE), afterwards=True
+        )
         self._cut = cut
         self._hosts: dict[Path, Hosts] = {}
         self._heard_s: dict[Path, float] = {}
@@ -74,7 +76,7 @@ class LinkCut(StoppedSweep):
         """Cut the wire at the *n*-th call; both are told the same, and can go on."""
         with Hosts() as hosts:
             self._hosts[folder] = hosts
-            orders = self._orders(n, prepared[n - 1])
+            orders = self._orders(prepared[n - 1])
             assert orders is not None
             phase = prepared[n - 1].phase.name
             try:

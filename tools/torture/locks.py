@@ -52,10 +52,10 @@ class RefusedLock(Sweep):
         # SQLite takes ENOLCK for a lock that somebody holds and waits, at each transaction: up to 40 s at a point.
         waits = sticky and code == errno.ENOLCK
 
-        def orders(n: int, call: Call) -> Orders | None:
-            if waits and n % _ONE_IN and ".journal.db" in call.path:
+        def orders(call: Call) -> Orders | None:
+            if waits and call.number % _ONE_IN and ".journal.db" in call.path:
                 return None
-            return Orders(n, Action.FAIL, code, sticky=sticky, kinds=(Kind.LOCK,))
+            return Orders(call.number, Action.FAIL, code, sticky=sticky, kinds=(Kind.LOCK,))
 
         super().__init__(fault, words, 1, orders, afterwards=True, kinds=(Kind.LOCK,))
         if waits:
@@ -68,7 +68,7 @@ class RefusedLock(Sweep):
 
 class RefusedStart(Sweep):
     """
-    What the run lock needs is refused, the fsync of the directory above it included: no bare OSError.
+    What the run lock needs is refused, or the fsync of the directory above the run: no bare OSError.
 
     Args:
         code: errno.
@@ -76,11 +76,11 @@ class RefusedStart(Sweep):
     """
 
     def __init__(self, code: int, words: str) -> None:
-        def orders(n: int, call: Call) -> Orders | None:
+        def orders(call: Call) -> Orders | None:
             # What is in the run and its journal has sweeps of its own; "told" and "notes" are ours.
             mine = call.path.endswith(".lock") or not Path(call.path).name.startswith(("alpha", "told", "notes"))
             outside = "/alpha/" not in call.path
-            return Orders(n, Action.FAIL, code) if mine and outside and call.phase is Phase.START else None
+            return Orders(call.number, Action.FAIL, code) if mine and outside and call.phase is Phase.START else None
 
         super().__init__(f"{errno.errorcode[code]} under the run lock", words, 1, orders, afterwards=True)
 
@@ -106,8 +106,9 @@ def _refused_by_type(struck: Struck, run: Path) -> None:
     for word, *facts in runs.told(run, 0):
         if word == "refused" and struck.times:
             assert hasattr(errors, facts[0]), f"{struck}: refused by a bare {facts}"
-            of_the_lock = struck.path.endswith(".lock") or struck.path == str(run.parent)
+            of_the_lock = struck.path.endswith(".lock")
             assert facts[0] == "LockUnsupported" or not of_the_lock, f"{struck}: refused by {facts}"
+            assert of_the_lock or struck.path in facts[1], f"{struck}: refused by {facts}, which do not say where"
 
 
 class TwoMounts(Sweep):
@@ -149,14 +150,14 @@ class TwoMounts(Sweep):
 
     def points(self, prepared: Sequence[Any]) -> Iterator[int]:
         """The calls that were not refused, between transactions."""
-        return (n for n, call in enumerate(prepared, 1) if call is not None and self._orders(n, call) is not None)
+        return (n for n, call in enumerate(prepared, 1) if call is not None and self._orders(call) is not None)
 
     def strike(self, ground: Ground, folder: Path, n: int, prepared: Sequence[Any]) -> Outcome:
         """Let the second take over at the *n*-th call of the first."""
         assert self._scenario is not None
         run = ground.past(self._scenario, folder / "under")
         place = folder / "orders"
-        orders = self._orders(n, prepared[n - 1])
+        orders = self._orders(prepared[n - 1])
         assert orders is not None
         shim.give(place, folder / "a" / "alpha", orders)
         phase = prepared[n - 1].phase.name
@@ -188,11 +189,11 @@ def _is_too_late(told: list[Any]) -> bool:
     return bool(word == "error" and facts[0] == "StaleWriter")
 
 
-def _between(n: int, call: Call) -> Orders | None:
+def _between(call: Call) -> Orders | None:
     # Not within a transaction, see `_in_transaction`.
     inside = ".journal.db" in call.path
     late = call.phase not in (Phase.START, Phase.END)
-    return Orders(n, Action.STOP, target=EVERYONE) if late and not inside else None
+    return Orders(call.number, Action.STOP, target=EVERYONE) if late and not inside else None
 
 
 @contextlib.contextmanager

@@ -136,8 +136,8 @@ class OutOfMemory(Sweep):
         who = "writer" if role % 2 else "trainer"
         wanted = frozenset(phases)
 
-        def orders(n: int, call: Call) -> Orders | None:
-            return Orders(n, Action.EAT) if call.role == role and call.phase in wanted else None
+        def orders(call: Call) -> Orders | None:
+            return Orders(call.number, Action.EAT) if call.role == role and call.phase in wanted else None
 
         super().__init__(f"OOM kill of the {who}", words, world, orders, afterwards=True, victim=f"rank {role // 2}")
 

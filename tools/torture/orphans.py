@@ -86,8 +86,8 @@ class OutlivingWriter(Sweep):
         assert not runs.told(run, runs.HEIR), f"the second manager was refused: {runs.told(run, runs.HEIR)}"
 
 
-def _at_a_writer(n: int, call: Call) -> Orders | None:
-    return Orders(n, Action.STOP, target=EVERYONE) if call.role % 2 else None
+def _at_a_writer(call: Call) -> Orders | None:
+    return Orders(call.number, Action.STOP, target=EVERYONE) if call.role % 2 else None
 
 
 def outlive(run: Path, orders: Path, scenario: Scenario, world: int, pause: Pause | None) -> None:

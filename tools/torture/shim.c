@@ -46,7 +46,7 @@ struct shared {
     int32_t sticky;           /* FAIL: from then on */
     int32_t lies;             /* which fsyncs say yes and do nothing, from the start */
     uint32_t kinds;           /* bits of the kinds that are counted */
-    int32_t target;           /* who dies or stops: a role, CALLER or EVERYONE */
+    int32_t target;           /* who dies: a role, CALLER or EVERYONE; all stop together */
     int32_t phase;            /* where the trainer says it is */
     _Atomic uint64_t count;
     _Atomic uint64_t struck;
@@ -77,6 +77,8 @@ struct record {
 static struct shared *shared;
 static int role = -1;
 static int trace = -1;
+static __thread uint64_t current;   /* the number of the call that this thread is in */
+static volatile sig_atomic_t went_on;
 
 #define REAL(name, type) \
     static type real; \
@@ -131,6 +133,21 @@ static int ours(const char *path) {
 
 static void hold(void) { int free = 0; while (!atomic_compare_exchange_weak(&shared->lock, &free, 1)) { free = 0; sched_yield(); } }
 static void let_go(void) { atomic_store(&shared->lock, 0); }
+
+static void note_going_on(int number) { (void)number; went_on = 1; }
+
+/*
+ * Stops the caller's whole group, and returns when it goes on. kill() may return before: of several threads any can
+ * be the one that takes the signal, and this one would do meanwhile what it is to be stopped at.
+ */
+static void stop(void) {
+    struct sigaction noting = {.sa_handler = note_going_on, .sa_flags = SA_RESTART}, before;
+    went_on = 0;
+    sigaction(SIGCONT, &noting, &before);
+    kill(0, SIGSTOP);
+    while (!went_on) usleep(1000);
+    sigaction(SIGCONT, &before, NULL);
+}
 
 static void hit(int number) {
     if (shared->target == EVERYONE) { kill(0, number); return; }
@@ -190,14 +207,14 @@ static void refused(enum kind kind, const char *path, int code) {
 /* What becomes of this call: NOTHING (let it happen), FAIL, SHORT, TORN or LIE. Does not return from a death. */
 static enum action strike(enum kind kind, const char *path) {
     if (!(shared->kinds & (1u << kind))) return NOTHING;
-    uint64_t number = atomic_fetch_add(&shared->count, 1) + 1;
+    uint64_t number = current = atomic_fetch_add(&shared->count, 1) + 1;
     uint64_t at = shared->at;
     enum action usual = lies_about(kind, path) ? LIE : NOTHING;
     if (!at || number < at || (number > at && !shared->sticky)) return usual;
     struck_at(kind, path);
     if (shared->action == CUT) { cut(); hit(SIGKILL); return NOTHING; }
     if (shared->action == KILL || (shared->action == TORN && kind != WRITE)) { hit(SIGKILL); return NOTHING; }
-    if (shared->action == STOP) { hit(SIGSTOP); return NOTHING; }
+    if (shared->action == STOP) { stop(); return NOTHING; }
     if (shared->action == EAT) { eat(); return NOTHING; }
     return shared->action;
 }
@@ -208,7 +225,7 @@ static void put_down(enum kind kind, const char *path, const char *other, int fl
     struct record record = {
         .length = (uint32_t)(path_length + other_length + size), .kind = kind, .role = role, .phase = shared->phase,
         .flags = flags, .path = (uint32_t)path_length, .other = (uint32_t)other_length, .offset = offset,
-        .number = atomic_load(&shared->count),
+        .number = current,
     };
     char *whole = malloc(sizeof record + record.length), *end = whole;
     memcpy(end, &record, sizeof record); end += sizeof record;

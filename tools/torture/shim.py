@@ -117,7 +117,8 @@ class Orders:
         sticky: `Action.FAIL`: at every later call too.
         lies: Which fsyncs are not done, whatever else happens.
         kinds: Which calls are counted.
-        target: Who is killed or stopped: `CALLER`, `EVERYONE`, `trainer(rank)` or `writer(rank)`.
+        target: Who is killed: `CALLER`, `EVERYONE`, `trainer(rank)` or `writer(rank)`.
+            STOP stops all of the group of the caller.
         trace: Where all calls are written down; empty for nowhere.
         group: `Action.EAT`: the file by which the caller enters a control group before it takes memory; empty for none.
     """
