@@ -744,21 +744,21 @@ class CheckpointManager:
         self._journal.require_intact()
         asked = resumption.asked_of(self._journal, series, step)
         live = {r.id: r for r in asked if r.series == series and r.is_live and step in (None, r.step)}
-        newest = max(live.values(), key=lambda r: r.commit_seq or 0, default=None)
-        looked = set() if newest is None else {newest.id}
-        while True:
-            found = self._rundir.listing([series], sizes_for={live[id].directory for id in looked})
-            at = {live[id].directory: wrong for id, wrong in verified.items() if id in live}
+        at = {live[id].directory: wrong for id, wrong in verified.items() if id in live}
+        for looked in resumption.newest_first(live.values()):
+            near = {r.directory for r in looked}
+            found = self._rundir.listing(
+                [series], sizes_for=near, unread={r.directory for r in live.values()}.difference(near)
+            )
             report = resumption.check(
                 recovery.with_traces(self._journal, asked, found),
                 [dataclasses.replace(one, mismatches=at.get(one.path, one.mismatches)) for one in found],
                 series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
-                files={id: self._journal.files(id) for id in looked},
+                files={r.id: self._journal.files(r.id) for r in looked},
             )  # fmt: skip
-            record = report.chosen
-            if record is None or record.id in looked:
+            if report.chosen is not None:
                 break
-            looked.add(record.id)
+        record = report.chosen
         if report.verdict is resumption.Verdict.NONE and step is None:
             return None
         if record is None or not (report.newest_is_safe or allow_older):

@@ -76,6 +76,8 @@ class Found:
     rotten: bool = False
     #: The disk refuses to say right now what its manifest says.
     unreadable: bool = False
+    #: Nobody has looked what its manifest says.
+    unread: bool = False
 
     @property
     def is_our_link(self) -> bool:
@@ -272,6 +274,8 @@ def traces(found: Iterable[Found]) -> tuple[frozenset[int], frozenset[str]]:
     """
     numbers, names = set(), set()
     for item in found:
+        if item.unread:
+            continue
         if item.holds is not None:
             numbers.add(item.holds)
         names.add(item.path.removesuffix(".retired").removesuffix(".incomplete") + ".incomplete")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument, printable
@@ -123,7 +123,7 @@ class ResumeReport:
     """What can be resumed from in one series, and why the rest cannot."""
 
     series: str
-    #: Newest first.
+    #: Newest first; all, or as far as it took to find a safe one.
     candidates: tuple[Candidate, ...]
     #: Findings about no candidate: failed, unfinished, unknown.
     findings: tuple[Finding, ...]
@@ -195,6 +195,20 @@ def asked_of(journal: Journal, series: str, step: int | None = None) -> list[Che
     return [by_id[id] for id in sorted(by_id)]
 
 
+def newest_first(live: Iterable[CheckpointRecord]) -> Iterator[list[CheckpointRecord]]:
+    """
+    What to look at until one of them is safe: the newest, then the newest few, twice as many each time, all in the end.
+
+    Whoever wants to know from which to resume need not read the manifests of thousands that are older.
+    """
+    ordered = sorted(live, key=_order, reverse=True)
+    count = 1
+    while count < len(ordered):
+        yield ordered[:count]
+        count *= 2
+    yield ordered
+
+
 def check(
     records: Sequence[CheckpointRecord],
     found: Sequence[Found],
@@ -207,12 +221,13 @@ def check(
     files: Mapping[int, Sequence[FileEntry]] | None = None,
 ) -> ResumeReport:
     """
-    Judge every committed checkpoint of *series*. Pure and deterministic.
+    Judge every committed checkpoint of *series* that was looked at. Pure and deterministic.
 
     Args:
         records: Rows of the journal, all or those of `asked_of` with traces; other series are ignored.
         found: What stands in the series' directory. Names whose files were not verified
-            (``mismatches`` is None) are judged by directory and manifest alone.
+            (``mismatches`` is None) are judged by directory and manifest alone, and of those that
+            are ``unread`` the report says nothing.
         series: Which series.
         step: Judge only this step.
         world_size: The number of ranks that would resume; None if that is not known.
@@ -236,6 +251,8 @@ def check(
     candidates = []
     for record in sorted((r for r in asked if r.is_live), key=_order, reverse=True):
         item = at.get(record.directory)
+        if item is not None and item.unread:
+            continue
         if record.id in moving and (item is None or item.holds != record.id):
             findings = [_moved_aside(record, live_epoch=live_epoch)]
         else:

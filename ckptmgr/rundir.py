@@ -295,7 +295,12 @@ class RunDirectory:
     # -- looking --------------------------------------------------------------------------------
 
     def listing(
-        self, series: Iterable[str], *, deep_for: Collection[str] = (), sizes_for: Collection[str] = ()
+        self,
+        series: Iterable[str],
+        *,
+        deep_for: Collection[str] = (),
+        sizes_for: Collection[str] = (),
+        unread: Collection[str] = (),
     ) -> list[Found]:
         """
         What stands in the directories of *series*.
@@ -304,6 +309,7 @@ class RunDirectory:
             series: Names of series; a missing directory holds nothing.
             deep_for: Paths whose files are verified by digest.
             sizes_for: Paths whose files are verified by size.
+            unread: Paths whose manifests do not matter now, which makes a long list quick.
 
         Raises:
             UnsafePath: The directory of a series is a link or a file, or has more than `MAX_ENTRIES` names.
@@ -311,7 +317,7 @@ class RunDirectory:
         found = []
         for name in series:
             entries = _entries(self._inside(check_series_name(name)))
-            found += [self._look(name, entry, deep_for, sizes_for) for entry in entries]
+            found += [self._look(name, entry, deep_for, sizes_for, unread) for entry in entries]
         return found
 
     def series_on_disk(self) -> list[str]:
@@ -320,11 +326,17 @@ class RunDirectory:
         return sorted(names)
 
     def _look(
-        self, series: str, entry: tuple[str, int], deep_for: Collection[str], sizes_for: Collection[str]
+        self,
+        series: str,
+        entry: tuple[str, int],
+        deep_for: Collection[str],
+        sizes_for: Collection[str],
+        unread: Collection[str],
     ) -> Found:
         name, file_type = entry
         path = f"{series}/{name}"
         is_directory = file_type == stat.S_IFDIR
+        passed_by = is_directory and path in unread
         step = epoch = attempt = None
         kind = FoundKind.OTHER
         if match := _FINAL.match(name):
@@ -336,7 +348,7 @@ class RunDirectory:
         holds = digest = mismatches = ours = None
         rotten = unreadable = False
         extra: tuple[str, ...] = ()
-        if is_directory and kind is not FoundKind.OTHER:
+        if is_directory and not passed_by and kind is not FoundKind.OTHER:
             try:
                 manifest, digest = self.read_manifest(path)
                 if manifest.run_id == self.run_id() and manifest.series == series:
@@ -353,7 +365,7 @@ class RunDirectory:
         return Found(
             path=path, series=series, kind=kind, step=step, epoch=epoch, attempt=attempt,
             is_directory=is_directory, holds=holds, mismatches=mismatches, manifest_digest=digest,
-            manifest=ours, extra=extra, rotten=rotten, unreadable=unreadable,
+            manifest=ours, extra=extra, rotten=rotten, unreadable=unreadable, unread=passed_by,
         )  # fmt: skip
 
     def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:

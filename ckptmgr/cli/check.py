@@ -122,6 +122,7 @@ def judge(
     step: int | None = None,
     world_size: int | None = None,
     deep_for: Output | None = None,
+    until_safe: bool = False,
 ) -> ResumeReport:
     """
     What the resume checker says of one series, with every file's size compared.
@@ -133,6 +134,7 @@ def judge(
         step: Judge only this step.
         world_size: How many ranks will resume, if known.
         deep_for: Also verify the digests, showing the progress here.
+        until_safe: Look at the newest alone, and at older ones only as far as it takes to find a safe one.
 
     Raises:
         JournalError: A running manager changes the series all the time.
@@ -141,20 +143,26 @@ def judge(
     for _ in range(_LOOKS):
         records = resume.asked_of(journal, series, step)
         live = [record for record in records if record.is_live and step in (None, record.step)]
-        found = rundir.listing([series], sizes_for={record.directory for record in live})
-        if deep_for is not None:
-            found = verify_digests(journal, rundir, live, found, verified=verified, out=deep_for)
-        # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
-        if resume.asked_of(journal, series, step) == records:
-            return resume.check(
+        for looked in resume.newest_first(live) if until_safe else [live]:
+            near = {record.directory for record in looked}
+            unread = {record.directory for record in live} - near
+            found = rundir.listing([series], sizes_for=near, unread=unread)
+            if deep_for is not None:
+                found = verify_digests(journal, rundir, looked, found, verified=verified, out=deep_for)
+            report = resume.check(
                 recovery.with_traces(journal, records, found),
                 found,
                 series=series,
                 step=step,
                 world_size=world_size,
                 live_epoch=target.live_epoch(journal) is not None,
-                files={record.id: journal.files(record.id) for record in live},
+                files={record.id: journal.files(record.id) for record in looked},
             )
+            if until_safe and report.chosen is not None:
+                break
+        # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
+        if resume.asked_of(journal, series, step) == records:
+            return report
     raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
 
 

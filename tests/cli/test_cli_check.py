@@ -94,6 +94,23 @@ def test_a_damaged_newest_falls_back_to_the_older_one_with_4(run: Run, ckptmgr: 
     assert ckptmgr("latest", run.directory, "--json").json["newest_is_safe"] is False
 
 
+@pytest.mark.parametrize("damaged", [0, 1, 5, 9])
+def test_latest_looks_no_further_than_to_a_safe_one(
+    run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch, damaged: int
+):
+    rows = [run.save(step) for step in range(9)]
+    for row in rows[9 - damaged :]:
+        (run.directory / row.directory / "model.bin").unlink()
+    read: set[str] = set()
+    real = RunDirectory.read_manifest
+    monkeypatch.setattr(RunDirectory, "read_manifest", lambda self, path: (read.add(path), real(self, path))[1])
+    latest = ckptmgr("latest", run.directory)
+
+    whole = [*reversed(rows[: 9 - damaged])]
+    assert latest.out == (f"{run.rundir.absolute(whole[0].directory)}\n" if whole else "")
+    assert read == {row.directory for row in rows[::-1][: {0: 1, 1: 2, 5: 8, 9: 9}[damaged]]}
+
+
 def test_all_damaged_ends_with_5(run: Run, ckptmgr: Call) -> None:
     run.save(500)
     (run.directory / "checkpoint/step-500/model.bin").unlink()

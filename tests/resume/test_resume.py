@@ -15,7 +15,18 @@ from ckptmgr.errors import InvalidArgument, UnsafeResume
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format
 from ckptmgr.manifest import FileEntry, Manifest
 from ckptmgr.recovery import Found, FoundKind
-from ckptmgr.resume import DAMAGE, FINDINGS, Candidate, Level, ResumeReport, Verdict, check, of_projections, shares
+from ckptmgr.resume import (
+    DAMAGE,
+    FINDINGS,
+    Candidate,
+    Level,
+    ResumeReport,
+    Verdict,
+    check,
+    newest_first,
+    of_projections,
+    shares,
+)
 
 S = CheckpointState
 DIGEST = "xxh3_128:" + "1" * 32
@@ -136,6 +147,24 @@ def test_nothing_committed_is_an_error_of_its_own():
     assert (report.verdict, report.chosen, report.newest_is_safe) == (Verdict.NONE, None, False)
     assert ids(report) == ["R001"]
     assert report.findings[0].level is Level.ERROR
+
+
+def test_what_was_not_looked_at_is_no_candidate_and_no_finding():
+    newest, older = record(2, 20), record(1, 10)
+    report = checked([newest, older], [at(newest, mismatches=("missing: a",)), at(older, holds=None, unread=True)])
+
+    assert [candidate.record for candidate in report.candidates] == [newest]
+    assert (report.chosen, ids(report)) == (None, ["R004"])
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_the_newest_are_looked_at_first_and_all_in_the_end(count):
+    live = [record(id, 100 - id) for id in range(1, count + 1)]
+    looks = [[row.id for row in look] for look in newest_first(live)]
+
+    assert looks[-1] == [*range(count, 0, -1)]
+    assert all(look == looks[-1][: 2**n] for n, look in enumerate(looks[:-1]))
+    assert all(len(look) < count for look in looks[:-1])
 
 
 def test_newest_is_by_commit_order_not_by_step():
