@@ -68,6 +68,18 @@ def scenarios(series: str) -> dict[str, Scenario]:
     }
 
 
+#: The step whose state has a tensor that is written past the page cache.
+LARGE = 30
+
+
+def scenario_of(words: str) -> Scenario | None:
+    """What words such as ``dcp steady`` stand for; None where nothing is saved before."""
+    if words == "dcp large":
+        return Scenario((Save("dcp", 1),), (Save("dcp", LARGE),))
+    series, _, how = words.partition(" ")
+    return scenarios(series)[how] if how else None
+
+
 # --- the trainer -------------------------------------------------------------------------------
 
 
@@ -80,10 +92,16 @@ def module(step: int, gen: int) -> torch.nn.Module:
     return made
 
 
+def wide(step: int, gen: int) -> torch.Tensor:
+    """2.4 MB, no two blocks alike."""
+    return torch.arange(300_000) + 1_000_000 * step + gen
+
+
 def state(series: str, step: int, gen: int) -> dict[str, Any]:
     if series == "hf":
         return {"model": module(step, gen)}
-    return {"model": module(step, gen), "at": [step, gen], "loader": PerRank({"position": 7 * step + gen})}
+    small = {"model": module(step, gen), "at": [step, gen], "loader": PerRank({"position": 7 * step + gen})}
+    return small | ({"wide": wide(step, gen)} if step == LARGE else {})
 
 
 def assets(run: Path) -> Path:
@@ -373,10 +391,14 @@ def content(run: Path, record: CheckpointRecord) -> tuple[int, int]:
         assert json.loads((folder / "config.json").read_text()) == {"model_type": "none"}
         assert (folder / "chat_templates" / "default.jinja").read_text() == "{{ messages }}"
     else:
-        target = {"model": module(0, 0).state_dict(), "at": [None, None]}
+        target: dict[str, Any] = {"model": module(0, 0).state_dict(), "at": [None, None]}
+        if record.step == LARGE:
+            target["wide"] = torch.zeros_like(wide(0, 0))
         torch.distributed.checkpoint.load(target, checkpoint_id=folder, no_dist=True)
         loaded = target["model"]
         assert target["at"] == [record.step, record.metrics["gen"]]
+        if record.step == LARGE:
+            assert torch.equal(target["wide"], wide(record.step, int(record.metrics["gen"])))
         position = torch.load(folder / "per-rank-0.pt", weights_only=True)["loader"]["position"]
         assert position == 7 * record.step + record.metrics["gen"]
     expected = module(record.step, int(record.metrics["gen"])).state_dict()

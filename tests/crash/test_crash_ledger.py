@@ -9,7 +9,7 @@ from pathlib import Path
 import crash_run
 import pytest
 from child_process import CRASHED, KILLED, AtEffect, comments
-from crash_run import NAMES, Scenario, as_left, copy_of, scenarios
+from crash_run import NAMES, as_left, copy_of, scenario_of, scenarios
 from ledger import REBUILDING, RECOVERING, SAVING, TOO_LATE, Left, Twice
 
 import ckptmgr
@@ -41,11 +41,6 @@ def test_the_crash_ledger_page_tells_every_comment():
     page = " ".join((DOCS / "crash-ledger.md").read_text().split())
 
     assert [text for text in comments(PACKAGE) if text.partition(";")[0].rstrip(".") not in page] == []
-
-
-def scenario_of(words: str) -> Scenario:
-    series, how = words.split()
-    return scenarios(series)[how]
 
 
 def find(run: Path) -> list[Found]:

@@ -35,6 +35,7 @@ SUBSET = {
     "power loss, posix | hf overwrite | 1": 4,
     "power loss, posix | dcp steady | 2": 3,
     "power loss, ext4 | dcp steady | 1": 4,
+    "power loss, posix | dcp large | 1": 1,
     "power loss, posix, while recovering | dcp overwrite | 1"
     " | after: GATHERED with a complete staging directory": 4,
     "power loss, ext4, while recovering | hf steady | 1 | after: COMMITTED with a stale meta.json and link": 2,

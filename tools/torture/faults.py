@@ -23,7 +23,7 @@ from typing import Any
 
 import crash_run
 from child_process import AtComment, Ended, ForkServer, assert_no_writer_of
-from crash_run import Scenario, scenarios
+from crash_run import Scenario, scenario_of, scenarios
 
 from torture import mounts, runs, shim
 from torture.shim import Action, Call, Kind, Orders, Phase
@@ -144,8 +144,7 @@ class Sweep:
         self._kinds = kinds
         self._victim = victim
         self._heard_within_s = runs.HEARD_WITHIN_S
-        series, _, how = words.partition(" ")
-        self._scenario = scenario or (scenarios(series)[how] if how else None)
+        self._scenario = scenario or scenario_of(words)
 
     @property
     def name(self) -> str:
@@ -162,6 +161,7 @@ class Sweep:
         trace = folder / "trace"
         ended, _, run = self._go(ground, folder, Orders(trace=str(trace), kinds=self._kinds), afterwards=False)
         assert ended.status == 0, ended.output
+        runs.require_all_saved(run)
         ground.forks.do(runs.judge, run, timeout_s=MOST_S)
         return [call for call in shim.calls(trace) if call.kind in self._kinds]
 
@@ -401,6 +401,8 @@ def _assert_not_synced_again(trace: Path, struck: shim.Struck) -> None:
 # --- which faults ------------------------------------------------------------------------------
 
 SCENARIOS = tuple(f"{series} {how}" for series in crash_run.NAMES for how in scenarios(series))
+#: What is written past the page cache: a run of its own, as it takes more bytes.
+LARGE = "dcp large"
 _CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE)
 #: The product never looks which one it is, but for the hint: all four here, the first two everywhere.
 _EVERY_CODE = ("dcp steady", "hf overwrite")
@@ -477,9 +479,13 @@ def sweeps() -> list[Sweep]:
             ):
                 kill = _kill(role, _SHARED_WORK)
                 found.append(Sweep(fault, words, 2, kill, afterwards=True, victim=f"rank {rank}"))
-    for words in SCENARIOS:
+    found.append(Sweep("SIGKILL of all", LARGE, 1, _kill(shim.EVERYONE, [Phase.SHARDS]), afterwards=False))
+    for code in (errno.ENOSPC, errno.EIO):
+        found.append(Sweep(f"{errno.errorcode[code]} once", LARGE, 1, _fail(code, sticky=False), afterwards=True))
+    for words in (*SCENARIOS, LARGE):
         found.append(Sweep("torn write, then SIGKILL", words, 1, _write(Action.TORN), afterwards=False))
         found.append(Sweep("short write", words, 1, _write(Action.SHORT), afterwards=True))
+    for words in SCENARIOS:
         found.append(Sweep("EIO at close", words, 1, _fail_close, afterwards=True, kinds=(Kind.CLOSE,)))
         for code in _CODES if words in _EVERY_CODE else _CODES[:2]:
             for sticky in (False, True):

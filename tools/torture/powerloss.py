@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 import crash_run
 from child_process import AtComment
-from crash_run import scenarios
+from crash_run import scenario_of
 
 from torture import faults, runs, shim
 from torture.faults import Ground, Outcome
@@ -262,8 +262,7 @@ class PowerLoss:
         self.world = world
         self._model = model
         self._first = first
-        series, _, how = words.partition(" ")
-        self._scenario = scenarios(series)[how] if how else None
+        self._scenario = scenario_of(words)
 
     @property
     def name(self) -> str:
@@ -290,6 +289,7 @@ class PowerLoss:
         else:
             ended = ground.forks.run(runs.live, run, place, self._scenario, self.world, False, timeout_s=_MOST_S)
         assert ended.status == 0, ended.output
+        runs.require_all_saved(run)
         notes = b""
         if self._first or (self._scenario is not None and self._scenario.before):
             notes = disk.top.entries["notes"].data if "notes" in disk.top.entries else b""
@@ -370,7 +370,7 @@ def sweeps() -> list[PowerLoss]:
     """All of them: model × run."""
     found = []
     for model in ("posix", "ext4"):
-        found += [PowerLoss(model, words) for words in (*faults.SCENARIOS, "create")]
+        found += [PowerLoss(model, words) for words in (*faults.SCENARIOS, faults.LARGE, "create")]
         found += [PowerLoss(model, words, 2) for words in ("dcp steady", "hf overwrite")]
         found += [PowerLoss(model, words, first=first) for words, first in faults.CRASHED]
     return found

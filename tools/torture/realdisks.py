@@ -17,7 +17,7 @@ from typing import Any
 
 import crash_run
 from child_process import AtComment, Ended
-from crash_run import Save, Scenario, scenarios
+from crash_run import Save, Scenario, scenario_of
 
 from torture import faults, mounts, runs, shim
 from torture.faults import MOST_S, NOT_REACHED, Ground, Outcome, RecoverySweep, Sweep
@@ -174,8 +174,7 @@ class PowerCut:
         self._first = first
         self._lost = lost
         self._offset = offset
-        series, _, how = words.partition(" ")
-        self._scenario = scenario or (scenarios(series)[how] if how else None)
+        self._scenario = scenario or scenario_of(words)
 
     @property
     def name(self) -> str:
@@ -284,7 +283,7 @@ def sweeps() -> list[PowerCut]:
             for how in ("first", "steady", "overwrite"):
                 found.append(PowerCut(kind, f"{series} {how}", offset=offset))
                 found.append(PowerCut(kind, f"{series} {how}", 2, offset=2 - offset))
-        found.append(PowerCut(kind, "create", offset=offset))
+        found += [PowerCut(kind, words, offset=offset) for words in (faults.LARGE, "create")]
         for words, first in faults.CRASHED:
             found += [PowerCut(kind, words, first=first, lost=lost, offset=offset + lost) for lost in (False, True)]
         found += [LyingDisk(kind, series, lies) for series in crash_run.NAMES for lies in (Lies.ALL, Lies.DATA)]

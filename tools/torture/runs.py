@@ -409,6 +409,12 @@ def tell(run: Path, rank: int | str, *words: Any) -> None:
         stream.write(json.dumps(words) + "\n")
 
 
+def require_all_saved(run: Path) -> None:
+    """Without any fault no save of rank 0 fails; a defect that makes it fail would pass for a fault that struck."""
+    failed = [words for words in told(run, 0) if words[0] != "acknowledged"]
+    assert not failed, f"without any fault: {failed}"
+
+
 def told(run: Path, rank: int | str) -> list[list[Any]]:
     """What a rank wrote down of what it was told."""
     path = run.with_name(f"told-{rank}")
