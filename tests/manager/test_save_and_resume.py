@@ -17,7 +17,7 @@ from torch import nn
 
 from ckptmgr import DCP, CheckpointManager, HuggingFace, PerRank, RandomState, Series, UnsafeResume
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
-from ckptmgr.rundir import MAX_JOURNAL_PATH_BYTES
+from ckptmgr.rundir import MAX_JOURNAL_PATH_BYTES, RunDirectory
 
 
 class Counter:
@@ -418,6 +418,23 @@ def test_the_newest_is_the_last_committed_and_not_the_highest_number(open_manage
         state = {"value": 0}
         manager.resume(state)
         assert state["value"] == 15, "a run that was set back goes on from where it was set back to"
+
+
+def test_no_manifest_is_read_that_is_older_than_a_safe_one(
+    open_manager: Open, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_manager() as manager:
+        for step in range(5):
+            _save(manager, step, {"value": step})
+        read: set[str] = set()
+        real = RunDirectory.read_manifest
+        monkeypatch.setattr(RunDirectory, "read_manifest", lambda self, path: (read.add(path), real(self, path))[1])
+        manager.resume({"value": 0})
+        assert read == {"checkpoint/step-4"}
+        (run_dir / "checkpoint" / "step-4" / ".metadata").unlink()
+        resumed = manager.resume({"value": 0}, allow_older=True)
+        assert resumed is not None
+        assert (resumed.step, read) == (3, {"checkpoint/step-4", "checkpoint/step-3"})
 
 
 def _damage(directory: Path) -> None:
