@@ -355,6 +355,7 @@ class Finalizer:
                 directory=str(self._root / go.directory), arena=job.arena.number, files=job.files,
                 rank=self._ranks.rank, file_mode=self._file_mode,
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
+                max_bytes_per_second=self._options.max_bytes_per_second,
             )  # fmt: skip
             answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
         return answer

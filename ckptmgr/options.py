@@ -145,6 +145,8 @@ class WriterOptions(_FromEnvironment):
     """CPU niceness of the writer process."""
     io_class: str = _option("none", _io_class)
     """I/O scheduling class of the writer: none (derived from nice), best-effort or idle."""
+    max_bytes_per_second: int = _option(0, _whole(0, 1 << 50))
+    """How fast the writer of each rank writes at most; 0 means no limit."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ class WriteJob:
     Write, digest and sync these files below *directory*, holding one of the host's write slots.
 
     Slots of one run on one host are named *slots* and a number below *write_slots*; 0 means no limit.
-    Files are created with *file_mode*; with None as the umask says.
+    Files are created with *file_mode*; with None as the umask says. 0 of *max_bytes_per_second* means no limit.
     """
 
     directory: str
@@ -77,6 +77,7 @@ class WriteJob:
     write_slots: int
     slot_timeout_s: float
     file_mode: int | None = None
+    max_bytes_per_second: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -88,11 +88,12 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
     directory = Path(job.directory)
     asked = time.monotonic()
     sealed = []
+    pace = Pace(job.max_bytes_per_second)
     with _slot(job), memoryview(arena if arena is not None else b"") as memory:
         started = time.monotonic()
         for file in job.files:
             try:
-                digest = _write_file(directory / file.path, file, memory, job.file_mode)
+                digest = _write_file(directory / file.path, file, memory, job.file_mode, pace)
             except OSError as error:
                 error.filename = error.filename or file.path
                 raise
@@ -104,7 +105,7 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
     return Answer(files=tuple(sealed), write_s=time.monotonic() - started, waited_s=started - asked)
 
 
-def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None) -> str:
+def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None, pace: Pace) -> str:
     for segment in file.segments:
         if segment.arena_offset + segment.length * segment.count > len(memory):
             raise ValueError(f"{file.path} needs bytes that this process's arena of {len(memory)} bytes lacks")
@@ -117,13 +118,31 @@ def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None)
             durable.write_at(descriptor, memoryview(file.data), 0)
         pieces: Iterable[_Piece] = _pieces(file)
         if file.own and file.size >= _LEAST_DIRECT:
-            pieces = _write_directly(descriptor, list(pieces), memory, digest)
+            pieces = _write_directly(descriptor, list(pieces), memory, digest, pace)
         for piece in pieces:
             with piece.bytes_in(memory) as chunk:
                 if file.own and not piece.is_digested:
                     digest.update(chunk)
+                pace.wait(piece.length)
                 durable.write_at(descriptor, chunk, piece.file_offset)
     return digest.text
+
+
+class Pace:
+    """Lets bytes go no faster than *rate* per second, whichever thread writes them; 0: as fast as it goes."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._next = time.monotonic()
+        self._lock = threading.Lock()
+
+    def wait(self, count: int) -> None:
+        """Until *count* bytes more may be written."""
+        if self._rate:
+            with self._lock:
+                self._next = max(self._next, time.monotonic()) + count / self._rate
+                mine = self._next
+            time.sleep(max(0.0, mine - time.monotonic()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,7 +179,9 @@ def _pieces(file: FileJob) -> Iterator[_Piece]:
                     yield _Piece(file_offset + start, arena_offset + start, min(_CHUNK, end - start), is_direct)
 
 
-def _write_directly(descriptor: int, pieces: list[_Piece], memory: memoryview, digest: Digest) -> list[_Piece]:
+def _write_directly(
+    descriptor: int, pieces: list[_Piece], memory: memoryview, digest: Digest, pace: Pace
+) -> list[_Piece]:
     """
     Digest all of a file and write what goes past the page cache meanwhile, on threads; returns what is left to write.
 
@@ -168,6 +189,7 @@ def _write_directly(descriptor: int, pieces: list[_Piece], memory: memoryview, d
     """
 
     def write(piece: _Piece) -> _Piece:
+        pace.wait(piece.length)
         with piece.bytes_in(memory) as chunk:
             return piece.after(durable.write_direct(descriptor, chunk, piece.file_offset))
 

@@ -25,6 +25,7 @@ def test_defaults_are_what_the_table_says() -> None:
         "write_slots": 2,
         "nice": 10,
         "io_class": "none",
+        "max_bytes_per_second": 0,
         "file_mode": None,
         "directory_mode": None,
     }
@@ -43,7 +44,13 @@ def test_every_timeout_takes_the_environment_and_code_wins(name: str, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"), [("write_slots", "0", 0), ("nice", "19", 19), ("io_class", "idle", "idle")]
+    ("name", "text", "value"),
+    [
+        ("write_slots", "0", 0),
+        ("nice", "19", 19),
+        ("io_class", "idle", "idle"),
+        ("max_bytes_per_second", "1048576", 1 << 20),
+    ],
 )
 def test_every_writer_option_takes_the_environment(
     name: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
@@ -71,6 +78,7 @@ def test_seconds_that_make_no_sense_are_refused(value: Any) -> None:
     [
         {"write_slots": -1}, {"write_slots": 1025}, {"write_slots": 1.5}, {"write_slots": True}, {"write_slots": "two"},
         {"nice": -1}, {"nice": 20}, {"nice": None.__class__}, {"io_class": "fast"}, {"io_class": 3},
+        {"max_bytes_per_second": -1}, {"max_bytes_per_second": 1e6},
     ],
     ids=str,
 )  # fmt: skip

@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write(path: Path, memory: memoryview, *segments: Segment) -> None:
     """Write a file that these segments make up, and compare."""
     size = sum(segment.length for segment in segments)
     file = FileJob(path.name, size, own=True, segments=segments)
-    digest = worker._write_file(path, file, memory, None)
+    digest = worker._write_file(path, file, memory, None, worker.Pace(0))
     expected = b"".join(memory[one.arena_offset : one.arena_offset + one.length] for one in segments)
     assert path.read_bytes() == expected
     assert digest == Digest(expected).text
@@ -93,7 +94,11 @@ def test_parts_of_shared_files_stay_in_the_page_cache_from_which_their_digest_is
 ) -> None:
     (tmp_path / "f").write_bytes(bytes(4 * MIB))
     worker._write_file(
-        tmp_path / "f", FileJob("f", 4 * MIB, own=False, segments=(Segment(0, 0, 4 * MIB),)), memory, None
+        tmp_path / "f",
+        FileJob("f", 4 * MIB, own=False, segments=(Segment(0, 0, 4 * MIB),)),
+        memory,
+        None,
+        worker.Pace(0),
     )
 
     assert (tmp_path / "f").read_bytes() == memory[: 4 * MIB]
@@ -176,6 +181,14 @@ def test_an_error_fails_the_file_and_leaves_no_thread_writing(
     assert caught.value.errno == (error or errno.EIO)
     assert threading.active_count() == before
     assert _descriptors() == opened
+
+
+def test_both_threads_together_keep_to_the_rate(tmp_path: Path, memory: memoryview) -> None:
+    file = FileJob("f", 33 * MIB, own=True, segments=(Segment(0, 0, 33 * MIB),))
+    began = time.monotonic()
+    worker._write_file(tmp_path / "f", file, memory, None, worker.Pace(66 * MIB))
+    assert time.monotonic() - began >= 0.5
+    assert (tmp_path / "f").read_bytes() == memory[: 33 * MIB]
 
 
 def _descriptors() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -69,6 +70,15 @@ def test_a_writer_writes_what_the_arena_holds_and_digests_it(process, arena, tmp
     assert (tmp_path / "x.bin").read_bytes() == BYTES
     (entry,) = answer.files
     assert (entry.path, entry.size, entry.digest, entry.rank) == ("x.bin", 64, Digest(BYTES).text, 2)
+
+
+@pytest.mark.parametrize("rate", [0, 320])
+def test_a_writer_writes_no_faster_than_it_may(process, arena, tmp_path, rate):
+    assert process.share(arena, 30) is None
+    answer = process.do(dataclasses.replace(job(tmp_path), max_bytes_per_second=rate), 10)
+
+    assert (tmp_path / "x.bin").read_bytes() == BYTES
+    assert answer.write_s >= (64 / rate if rate else 0)
 
 
 def test_a_writer_has_no_torch_in_it(process):
