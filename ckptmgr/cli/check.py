@@ -158,7 +158,7 @@ def judge(
                 live_epoch=target.live_epoch(journal) is not None,
                 files={record.id: journal.files(record.id) for record in looked},
             )
-            if until_safe and report.chosen is not None:
+            if report.chosen is not None:
                 break
         # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
         if resume.asked_of(journal, series, step) == records:
