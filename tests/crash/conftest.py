@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,14 +24,17 @@ def forks() -> Iterator[ForkServer]:
 def prepared(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario, Path], Path]:
     """Puts a copy of a run that has done *scenario*'s past at a place; the past is lived through once."""
     made: dict[object, Path] = {}
+    making = threading.Lock()  # one thread of a test must not copy what another still lives through
 
     def put(scenario: Scenario, to: Path) -> Path:
-        run = made.get(scenario.before)
-        if run is None:
-            run = made[scenario.before] = tmp_path_factory.mktemp("past") / "alpha"
-            # Even a first save finds a journal: creating one takes longer than all the rest.
-            forks.do(crash_run.prepare, run, scenario)
-            forks.do(crash_run.recover_once, run)
+        with making:
+            run = made.get(scenario.before)
+            if run is None:
+                run = tmp_path_factory.mktemp("past") / "alpha"
+                # Even a first save finds a journal: creating one takes longer than all the rest.
+                forks.do(crash_run.prepare, run, scenario)
+                forks.do(crash_run.recover_once, run)
+                made[scenario.before] = run
         return crash_run.copy_of(run, to)
 
     return put
