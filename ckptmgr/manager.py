@@ -56,7 +56,7 @@ from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series, by_name
-from ckptmgr.writers import dcp
+from ckptmgr.writers import loading
 from ckptmgr.writers.state import split
 
 log = logging.getLogger("ckptmgr")
@@ -433,7 +433,7 @@ class CheckpointManager:
             same_world = resumed.world_size == self._ranks.world_size
             directory = self._rundir.absolute(choice.directory)
             files = {entry.path: entry.size for entry in choice.files}
-            plain = dcp.read(directory, state, self._ranks.rank, files=files, same_world=same_world)
+            plain = loading.read(directory, state, self._ranks.rank, files=files, same_world=same_world)
         except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
             error = problem
         self._ranks.all_or_none(error, f"loading {resumed.path}")

@@ -50,6 +50,7 @@ DOORS = {
         "writers/dcp.py",
         "writers/huggingface.py",
         "writers/index.py",
+        "writers/loading.py",
         "writers/state.py",
     },
     "torch": {"writers/", "ranks.py", "manager.py"},

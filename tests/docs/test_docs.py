@@ -23,7 +23,7 @@ from ckptmgr.cli import COMMANDS
 from ckptmgr.journal import schema
 from ckptmgr.lifecycle import CheckpointState, Format
 from ckptmgr.resume import FINDINGS, Verdict
-from ckptmgr.writers import dcp, huggingface
+from ckptmgr.writers import dcp, huggingface, mappings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -286,7 +286,7 @@ def test_every_field_of_the_manifest_is_documented() -> None:
 def test_every_name_that_ckptmgr_gives_is_documented() -> None:
     text = read("docs/reference/on-disk-format.md")
 
-    given = (manifest.MANIFEST_NAME, rundir.META_NAME, rundir.RUN_ID_NAME, rundir.LATEST_NAME, dcp.MAPPINGS_NAME)
+    given = (manifest.MANIFEST_NAME, rundir.META_NAME, rundir.RUN_ID_NAME, rundir.LATEST_NAME, mappings.MAPPINGS_NAME)
     for name in (*given, huggingface.WEIGHTS_NAME, huggingface.INDEX_NAME, dcp.per_rank_name(0).replace("0", "<rank>")):
         assert f"`{name}`" in text
     for layout in Format:

@@ -40,7 +40,7 @@ from ckptmgr.journal import Journal, seal
 from ckptmgr.manifest import MANIFEST_NAME, Manifest, is_run_id
 from ckptmgr.rebuild import preview_rebuild
 from ckptmgr.rundir import META_NAME, RUN_ID_NAME, RunDirectory
-from ckptmgr.writers import archives, dcp, index
+from ckptmgr.writers import archives, dcp, index, loading, mappings
 
 _RELEASED = Path(__file__).parents[1] / "journal" / "released" / "0001.db"
 
@@ -195,7 +195,7 @@ class _Taker:
 
 def _load(ground: Ground, **state: Any) -> None:
     """Resume from the checkpoint, as if its files had been committed as they are."""
-    dcp.read(ground.step, state, 0, files=ground.committed(), same_world=True)
+    loading.read(ground.step, state, 0, files=ground.committed(), same_world=True)
 
 
 def _load_shared(ground: Ground) -> None:
@@ -224,13 +224,13 @@ def _index_seeds(ground: Ground) -> list[bytes]:
 
 
 def _mappings(ground: Ground, data: bytes) -> None:
-    (ground.step / dcp.MAPPINGS_NAME).write_bytes(data)
+    (ground.step / mappings.MAPPINGS_NAME).write_bytes(data)
     _load_shared(ground)
 
 
 def _mappings_seeds(ground: Ground) -> list[bytes]:
     strange = {"integer_keys": [["plain", "1"]], "empty": [["plain", "empty"], ["scheduler", "x", 3]]}
-    return [(ground.step / dcp.MAPPINGS_NAME).read_bytes(), json.dumps(strange).encode()]
+    return [(ground.step / mappings.MAPPINGS_NAME).read_bytes(), json.dumps(strange).encode()]
 
 
 def _shards(ground: Ground, data: bytes) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ckptmgr.errors import CheckpointError, CorruptCheckpoint, StateMismatch
 from ckptmgr.manifest import MANIFEST_NAME
-from ckptmgr.writers import dcp, index
+from ckptmgr.writers import index, loading
 
 SIZE = torch.Size
 MODEL = "model.0.weight"
@@ -48,7 +48,7 @@ def files(directory: Path) -> dict[str, int]:
 
 def load(directory: Path, listed: dict[str, int] | None = None, **changes: Any) -> Any:
     asked = {**state(seed=1), **changes}
-    return dcp.read(directory, asked, 0, files=listed or files(directory), same_world=True)
+    return loading.read(directory, asked, 0, files=listed or files(directory), same_world=True)
 
 
 def tensor_of(metadata: Metadata) -> TensorStorageMetadata:

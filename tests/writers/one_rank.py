@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ckptmgr.writers import dcp, worker
+from ckptmgr.writers import loading, worker
 from ckptmgr.writers.arena import Arena
 from ckptmgr.writers.jobs import Answer, WriteJob
 from ckptmgr.writers.process import WriterProcess
@@ -65,7 +65,7 @@ class OneRank:
 def read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Load what stands in *directory* into *state*, as the only rank; its files count as committed."""
     files = {path.name: path.stat().st_size for path in directory.iterdir()}
-    return dcp.read(directory, state, 0, files=files, same_world=True)
+    return loading.read(directory, state, 0, files=files, same_world=True)
 
 
 def put(path: Path, data: bytes) -> None:
