@@ -64,6 +64,8 @@ log = logging.getLogger("ckptmgr")
 OnFailure = Literal["raise", "warn", "terminate"]
 WhenBusy = Literal["wait", "skip", "raise"]
 CaptureMode = Literal["sync", "overlap"]
+#: Values of options, by the numbers with which ranks compare them.
+_OPTIONS = (False, True, "meanwhile")
 Hook = Callable[[Committed], Any]
 
 _GO, _SKIP, _BUSY, _SAVED = range(4)
@@ -358,22 +360,24 @@ class CheckpointManager:
         series: str = "checkpoint",
         *,
         allow_older: bool = False,
-        verify_digests: bool = True,
+        verify_digests: bool | Literal["meanwhile"] = True,
     ) -> Resumed | None:
         """
         Load the newest committed checkpoint into *state*, in place. All ranks must call.
 
         Rank 0 decides from the journal alone and tells the others; directories without a committed row
         are never loaded. Before anything is loaded, every byte of the checkpoint is compared with what was
-        committed: each file is read once, by one of the ranks. Tensors are resharded to how *state* is
-        sharded now.
+        committed: each file is read once, by one of the ranks. Tensors are read by several threads, straight
+        into those of *state*, and resharded to how it is sharded now.
 
         Args:
             state: As given to ``save``, or less. Plain values are put back into it if it is mutable.
             step: A certain step instead of the newest.
             series: Which series.
             allow_older: Fall back to the next older safe checkpoint, with a warning, if the newest is not.
-            verify_digests: False compares names and sizes only, and hands damaged bytes to the training.
+            verify_digests: ``"meanwhile"`` compares while it loads, which takes less time; if a byte differs, *state*
+                holds it by then, and is good for nothing before another checkpoint is loaded into it. False
+                compares names and sizes only, and hands damaged bytes to the training.
 
         Returns:
             What was loaded, or None if the series has no committed checkpoint and *step* is None.
@@ -382,6 +386,7 @@ class CheckpointManager:
             InvalidArgument: *series* or *step* makes no sense, or the series holds exports.
             RanksDisagree: The ranks did not make the same call.
             UnsafeResume: The newest (or *step*) is damaged or does not fit this number of ranks; ``report`` says why.
+                *state* is untouched, except with ``verify_digests="meanwhile"``.
             StateMismatch: *state* asks for something the checkpoint does not have.
             JournalCorrupt: The journal is not what was written.
             CorruptCheckpoint: A file cannot be read.
@@ -390,7 +395,13 @@ class CheckpointManager:
             return self._resume(state, step, series, allow_older=allow_older, verify_digests=verify_digests)
 
     def _resume(
-        self, state: Mapping[str, Any], step: int | None, series: str, *, allow_older: bool, verify_digests: bool
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        series: str,
+        *,
+        allow_older: bool,
+        verify_digests: bool | Literal["meanwhile"],
     ) -> Resumed | None:
         error: Exception | None = None
         strict: list[str] = []
@@ -399,6 +410,8 @@ class CheckpointManager:
             if self._series[series].format.kind is not Format.DCP:
                 raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
             step = None if step is None else _whole(step)
+            if type(verify_digests) is not bool and verify_digests != "meanwhile":
+                raise InvalidArgument(f"verify_digests is {verify_digests!r}, not True, False or 'meanwhile'")
             _, per_rank = split(state)
             strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
         except InvalidArgument as problem:
@@ -421,24 +434,17 @@ class CheckpointManager:
             if choice is None:
                 return None
             resumed = choice.resumed
-            # One that turns out to be damaged is judged again with what is known now.
-            if not verify_digests or not (wrong := self._verify(choice)):
+            load = _Load(self._rundir.absolute(choice.directory), choice, state, self._ranks)
+            if not (wrong := self._load_what_is_intact(choice, load, verify_digests)):
                 break
+            # One that turns out to be damaged is judged again with what is known now.
             verified[resumed.checkpoint_id] = wrong
         if self._ranks.rank == 0 and resumed.passed_over:
             why = "; ".join(f"{finding.id} {finding.text}" for finding in resumed.passed_over)
             log.warning("resuming from the older %s step %d: %s", series, resumed.step, why)
-        plain: dict[str, Any] = {}
-        try:
-            same_world = resumed.world_size == self._ranks.world_size
-            directory = self._rundir.absolute(choice.directory)
-            files = {entry.path: entry.size for entry in choice.files}
-            plain = loading.read(directory, state, self._ranks.rank, files=files, same_world=same_world)
-        except Exception as problem:  # noqa: BLE001 - agreed upon in the next line
-            error = problem
-        self._ranks.all_or_none(error, f"loading {resumed.path}")
+        self._ranks.all_or_none(load.error, f"loading {resumed.path}")
         if isinstance(state, MutableMapping):
-            state.update(plain)
+            state.update(load.plain)
         return resumed
 
     # -- closing --------------------------------------------------------------------------------
@@ -626,10 +632,10 @@ class CheckpointManager:
             raise RanksDisagree(f"the ranks call {call} with different arguments", what=call, values=values)
         return [row[3 : 3 + row[2]] for row in rows]
 
-    def _call(self, series: str, step: int | None = None, *options: bool) -> list[int]:
+    def _call(self, series: str, step: int | None = None, *options: object) -> list[int]:
         """A call's arguments as the ranks compare them; 0 stands for one that is missing, or wrong on this rank."""
         number = list(self._series).index(series) + 1 if isinstance(series, str) and series in self._series else 0
-        return [number, step + 1 if isinstance(step, int) and 0 <= step < MAX_STEP else 0, *map(bool, options)]
+        return [number, step + 1 if isinstance(step, int) and 0 <= step < MAX_STEP else 0, *map(_number_of, options)]
 
     def _spelled(self, call: str, first: int, step: int = 0, *options: int) -> str:
         """Arguments made by `_call` in words; of a manager only a fingerprint passes between ranks."""
@@ -637,7 +643,7 @@ class CheckpointManager:
             return f"series, on_failure, when_busy, capture, timeouts and permissions #{first:x}"
         words = [str(step - 1)] if step else []
         words += [f"series={list(self._series)[first - 1]!r}"]
-        words += [f"{name}={bool(value)}" for name, value in zip(_CALLS[call], options, strict=False)]
+        words += [f"{name}={_OPTIONS[value]!r}" for name, value in zip(_CALLS[call], options, strict=False)]
         return f"{call}({', '.join(words)})"
 
     def _capture_of(self, series: str) -> Capture:
@@ -770,13 +776,30 @@ class CheckpointManager:
         resumed = Resumed(series, record.step, path, record.world_size, metrics, record.id, report.passed_over)
         return _Choice(resumed, record.directory, tuple(self._journal.files(record.id)))
 
-    def _verify(self, choice: _Choice) -> tuple[str, ...]:
+    def _load_what_is_intact(
+        self, choice: _Choice, load: _Load, verify_digests: bool | Literal["meanwhile"]
+    ) -> tuple[str, ...]:
+        """Load, unless something differs; that is returned. All ranks must call."""
+        if verify_digests == "meanwhile":
+            return self._verify(choice, meanwhile=load)
+        wrong = self._verify(choice) if verify_digests else ()
+        if not wrong:
+            load()
+        return wrong
+
+    def _verify(self, choice: _Choice, meanwhile: Callable[[], None] | None = None) -> tuple[str, ...]:
         """What differs in a checkpoint from what was committed, every byte of it. All ranks must call."""
         as_saved = choice.resumed.world_size == self._ranks.world_size
         # A quarter: ranks that read wait for each other as in any other call, and must not pass for missing.
         often = self._timeouts.collective_s / 4
         wrong = verify.together(
-            self._ranks, self._rundir, choice.directory, choice.files, as_saved=as_saved, meet_every_s=often
+            self._ranks,
+            self._rundir,
+            choice.directory,
+            choice.files,
+            as_saved=as_saved,
+            meet_every_s=often,
+            meanwhile=meanwhile,
         )
         if self._ranks.rank == 0:
             self._note_verification(choice.resumed.checkpoint_id, wrong)
@@ -800,6 +823,29 @@ class _Choice:
     resumed: Resumed
     directory: str
     files: tuple[FileEntry, ...]
+
+
+class _Load:
+    """Loads what was chosen into *state*, once it is called: its plain values, or what went wrong."""
+
+    def __init__(self, directory: Path, choice: _Choice, state: Mapping[str, Any], ranks: Ranks) -> None:
+        self.plain: dict[str, Any] = {}
+        self.error: Exception | None = None
+        self._directory, self._choice, self._state, self._ranks = directory, choice, state, ranks
+
+    def __call__(self) -> None:
+        same_world = self._choice.resumed.world_size == self._ranks.world_size
+        files = {entry.path: entry.size for entry in self._choice.files}
+        try:
+            self.plain = loading.read(
+                self._directory, self._state, self._ranks.rank, files=files, same_world=same_world
+            )
+        except Exception as problem:  # noqa: BLE001 - told to every rank by who called
+            self.error = problem
+
+
+def _number_of(option: object) -> int:
+    return _OPTIONS.index(option) if isinstance(option, str) and option in _OPTIONS else int(bool(option))
 
 
 def _as_one(failures: Sequence[SaveFailed]) -> SaveFailed:

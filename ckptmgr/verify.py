@@ -1,9 +1,9 @@
-"""All ranks compare one checkpoint with what was committed, before any of them loads it."""
+"""All ranks compare one checkpoint with what was committed, before any of them loads it, or while they do."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ckptmgr.manifest import FileEntry
 from ckptmgr.ranks import Ranks
@@ -12,7 +12,14 @@ from ckptmgr.rundir import RunDirectory
 
 
 def together(
-    ranks: Ranks, rundir: RunDirectory, path: str, files: Sequence[FileEntry], *, as_saved: bool, meet_every_s: float
+    ranks: Ranks,
+    rundir: RunDirectory,
+    path: str,
+    files: Sequence[FileEntry],
+    *,
+    as_saved: bool,
+    meet_every_s: float,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[str, ...]:
     """
     Read every byte of the checkpoint directory *path*, each file on one rank. All ranks must call.
@@ -51,6 +58,8 @@ def together(
     reader = threading.Thread(target=read, name="ckptmgr-verify", daemon=True)
     reader.start()
     try:
+        if meanwhile is not None:
+            meanwhile()
         while True:
             done.wait(meet_every_s)
             if all(is_done for (is_done,) in ranks.agree([done.is_set()])):

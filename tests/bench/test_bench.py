@@ -97,7 +97,8 @@ def everything(factor: float) -> Figures:
     """A run in which ckptmgr takes *factor* of what every other peer takes, in every measure."""
     measures = (
         "stall_s", "first_stall_s", "durable_s", "lost_s", "slowed", "extra_bytes", "load_warm_s", "load_cold_s",
-        "load_unverified_warm_s", "load_unverified_cold_s", "load_stock_warm_s", "helper_user_s", "training_stall_s",
+        "load_meanwhile_warm_s", "load_meanwhile_cold_s", "load_unverified_warm_s", "load_unverified_cold_s",
+        "load_stock_warm_s", "helper_user_s", "training_stall_s",
     )  # fmt: skip
     results = rounds.Results()
     ours = factor > 1

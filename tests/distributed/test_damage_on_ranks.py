@@ -52,27 +52,34 @@ def _resumed_from(here: Here, state: dict[str, Any], step: int) -> None:
         assert state["own"].value == {"at": [step, here.rank]}
 
 
-def _refuse_then_fall_back(here: Here, names: Sequence[str]) -> list[Any]:
+def _refuse_then_fall_back(here: Here, names: Sequence[str], verify: Any) -> list[Any]:
     with manager_on(here) as manager:
         state = _state(here, 0)
         with pytest.raises(UnsafeResume) as caught:
-            manager.resume(state)
+            manager.resume(state, verify_digests=verify)
         assert all(name in str(caught.value) for name in names), caught.value
-        _resumed_from(here, state, 0)
-        resumed = manager.resume(state, allow_older=True)
+        if verify is True:
+            _resumed_from(here, state, 0)
+        resumed = manager.resume(state, allow_older=True, verify_digests=verify)
         assert resumed is not None
         _resumed_from(here, state, 1)
         return [str(caught.value), [finding.text for finding in resumed.passed_over]]
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"),
-    [("__1_0.distcp", 2), ("__0_0.distcp", 2), ("per-rank-1.pt", 2), (".metadata", 2), ("__1_0.distcp", 3)],
-)
-def test_damage_that_one_rank_finds_is_told_to_all_and_all_fall_back_together(tmp_path: Path, name: str, ranks: int):
+    ("name", "ranks", "verify"),
+    [
+        ("__1_0.distcp", 2, True), ("__0_0.distcp", 2, True), ("per-rank-1.pt", 2, True), (".metadata", 2, True),
+        ("__1_0.distcp", 3, True), ("__1_0.distcp", 2, "meanwhile"), ("per-rank-1.pt", 2, "meanwhile"),
+        ("__0_0.distcp", 3, "meanwhile"),
+    ],
+)  # fmt: skip
+def test_damage_that_one_rank_finds_is_told_to_all_and_all_fall_back_together(
+    tmp_path: Path, name: str, ranks: int, verify: Any
+):
     run_on_ranks(2, _save_two, tmp_path)
     _flip(tmp_path / "run" / "checkpoint" / "step-2" / name)
-    told = run_on_ranks(ranks, _refuse_then_fall_back, tmp_path, names=[name, "step-2", "R005"])
+    told = run_on_ranks(ranks, _refuse_then_fall_back, tmp_path, names=[name, "step-2", "R005"], verify=verify)
 
     assert all(one == told[0] for one in told)
     (why,) = told[0][1]

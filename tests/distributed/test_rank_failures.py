@@ -529,6 +529,12 @@ def test_different_calls_and_different_arguments_are_told_and_the_ranks_can_go_o
             "resume(series='checkpoint', allow_older=False, verify_digests=True)",
             "resume(1, series='checkpoint', allow_older=False, verify_digests=True)",
         )
+        with pytest.raises(RanksDisagree) as caught:
+            manager.resume(state, verify_digests="meanwhile" if here.rank else True)
+        assert caught.value.values == (
+            "resume(series='checkpoint', allow_older=False, verify_digests=True)",
+            "resume(series='checkpoint', allow_older=False, verify_digests='meanwhile')",
+        )
         _commits(here, manager, 1)
         assert manager.resume(_state(here)) is not None
 

@@ -18,6 +18,7 @@ from torch import nn
 from ckptmgr import DCP, CheckpointManager, HuggingFace, PerRank, RandomState, Series, UnsafeResume
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.rundir import MAX_JOURNAL_PATH_BYTES, RunDirectory
+from ckptmgr.writers import loading
 
 
 class Counter:
@@ -463,6 +464,48 @@ def test_damage_is_found_by_size_always_and_by_digest_on_demand(open_manager: Op
         (run_dir / "checkpoint" / "step-2" / "__0_0.distcp").unlink()
         with pytest.raises(UnsafeResume, match="R004"):
             manager.resume(state)
+
+
+def test_bytes_can_be_compared_while_they_are_loaded(
+    open_manager: Open, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded: list[str] = []
+    real = loading.read
+
+    def read(directory: Path, *args: Any, **options: Any) -> dict[str, Any]:
+        loaded.append(directory.name)
+        return real(directory, *args, **options)
+
+    monkeypatch.setattr(loading, "read", read)
+    with open_manager() as manager:
+        for step in (1, 2):
+            _save(manager, step, {"t": torch.full((1000,), float(step)), "at": step})
+        state = {"t": torch.zeros(1000), "at": 0}
+        resumed = manager.resume(state, verify_digests="meanwhile")
+        assert resumed is not None
+        assert (resumed.step, state["at"], set(state["t"].tolist())) == (2, 2, {2.0})
+        _damage(run_dir / "checkpoint" / "step-2")
+        with pytest.raises(UnsafeResume, match="R005"):
+            manager.resume(state, verify_digests="meanwhile")
+        resumed = manager.resume(state, verify_digests="meanwhile", allow_older=True)
+        assert resumed is not None
+        assert (resumed.step, state["at"], set(state["t"].tolist())) == (1, 1, {1.0})
+        assert loaded == ["step-2", "step-2", "step-2", "step-1"]
+        assert "resuming from the older checkpoint step 1" in caplog.text
+        # What is wrong in it is told even where it could not be loaded.
+        (run_dir / "checkpoint" / "step-2" / ".metadata").write_bytes(
+            bytes((run_dir / "checkpoint" / "step-2" / ".metadata").stat().st_size)
+        )
+        with pytest.raises(UnsafeResume, match=r"R005.*\.metadata"):
+            manager.resume(state, verify_digests="meanwhile")
+        with pytest.raises(StateMismatch):
+            manager.resume({"other": 1}, step=1, verify_digests="meanwhile")
+
+
+@pytest.mark.parametrize("value", ["always", None, 1, 2])
+def test_what_verify_digests_can_be_is_checked(open_manager: Open, value: Any) -> None:
+    with open_manager() as manager, pytest.raises(InvalidArgument, match="verify_digests"):
+        manager.resume({"t": torch.zeros(2)}, verify_digests=value)
 
 
 def test_a_checkpoint_cannot_run_code_when_it_is_loaded(open_manager: Open, run_dir: Path) -> None:

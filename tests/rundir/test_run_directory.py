@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,24 @@ def test_verifying_tells_how_many_bytes_it_has_read(rundir: RunDirectory) -> Non
     read: list[int] = []
     assert rundir.verify(record.staging_directory, files, digests=True, progress=read.append) == ()
     assert sum(read) == sum(len(data) for data in FILES.values())
+
+
+@pytest.mark.parametrize("size", [2 << 20, (2 << 20) + 1, (10 << 20) - 1, 10 << 20])
+def test_every_byte_of_a_large_file_is_digested_once_and_in_order(rundir: RunDirectory, size: int) -> None:
+    """It is read ahead, by a thread of its own, in blocks of 2 MiB."""
+    data = b"".join(number.to_bytes(4, "big") for number in range(-(-size // 4)))[:size]
+    folder = rundir.path / "checkpoint" / "step-1"
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(data)
+    files = [FileEntry("file", size, Digest(data).text, 0)]
+    read: list[int] = []
+    assert rundir.verify("checkpoint/step-1", files, digests=True, progress=read.append) == ()
+    assert sum(read) == size
+    with (folder / "file").open("r+b") as file:
+        file.seek(size - 1)
+        file.write(b"?")
+    assert len(rundir.verify("checkpoint/step-1", files, digests=True)) == 1
+    assert not [one for one in threading.enumerate() if one.name.startswith("ckptmgr-read")]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "not json", '{"format_version": 99}'])

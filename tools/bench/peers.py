@@ -299,6 +299,7 @@ class Ckptmgr(Peer):
         if not self._dcp:
             return {}
         return {
+            "meanwhile": lambda step: self._manager.resume(self.nested, step, verify_digests="meanwhile"),
             "unverified": lambda step: self._manager.resume(self.nested, step, verify_digests=False),
             "stock": lambda step: _load_dcp(self, self.place(step)),
         }

@@ -209,6 +209,8 @@ def _beside(figures: Figures, workload: str) -> str:
             )
         )  # fmt: skip
     for measure, words in (
+        ("load_meanwhile_warm_s", "ckptmgr, bytes compared meanwhile, warm"),
+        ("load_meanwhile_cold_s", "ckptmgr, bytes compared meanwhile, cold"),
         ("load_unverified_warm_s", "ckptmgr, bytes not compared, warm"),
         ("load_unverified_cold_s", "ckptmgr, bytes not compared, cold"),
         ("load_stock_warm_s", "stock dcp.load of ckptmgr's files, warm"),

@@ -302,7 +302,8 @@ def _checks() -> Iterator[Check]:
             times,
             _times("train", measure, "xtuner fork"),
         )
-        yield Check(target, f"{kind} load, not verified, to the floor", limits[0], times, _unverified(kind))
+        for way, words in (("meanwhile", "verified meanwhile"), ("unverified", "not verified")):
+            yield Check(target, f"{kind} load, {words}, to the floor", limits[0], times, _load(way, kind))
     yield Check("T15", "find the newest", 2, "ms", _worst_history("find_s", 1e3))
     yield Check("T15", "find the newest, to listing", 0.01, times, _listing)
     for world in (2, 4):
@@ -349,9 +350,9 @@ def _checks() -> Iterator[Check]:
     yield Check("control", "the same, growth with the history", 1.2, times, _flatness("small_durable_s"))
 
 
-def _unverified(kind: str) -> Callable[[Figures], Measured]:
+def _load(way: str, kind: str) -> Callable[[Figures], Measured]:
     def measured(figures: Figures) -> Measured:
-        mine = figures.median("train", "ckptmgr", f"load_unverified_{kind}_s")
+        mine = figures.median("train", "ckptmgr", f"load_{way}_{kind}_s")
         floor = figures.median("train", _FLOOR, f"load_{kind}_s")
         return (mine / floor, _FLOOR) if mine and floor else None
 
