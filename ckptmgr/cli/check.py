@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ckptmgr.recovery import Found
     from ckptmgr.rundir import RunDirectory
 
-HELP = "say whether the run may be resumed, from which path, and what speaks against it"
 DESCRIPTION = """\
 Say whether the run may be resumed and from which path, with every finding that
 speaks against it. Sizes are always compared with what was committed; --deep
