@@ -121,6 +121,7 @@ class Leader:
         series: Every series of the manager, for ``meta.json``.
         versions: Written into every manifest.
         hooks: Called after each commit, on this process only.
+        standing: What the journal has of attempts that are not gone, if that was read just now.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Leader:
         series: Sequence[str],
         versions: Mapping[str, str],
         hooks: Sequence[Callable[[Committed], Any]],
+        standing: Sequence[CheckpointRecord] | None = None,
     ) -> None:
         self._journal = journal
         self._rundir = rundir
@@ -143,7 +145,7 @@ class Leader:
         self._versions = versions
         self._hooks = hooks
         self._deleting = threading.Lock()
-        self._remember()
+        self._remember(journal.standing() if standing is None else standing)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._do_chores, name=AFTER_COMMIT, daemon=True)
         self._thread.start()
@@ -151,6 +153,15 @@ class Leader:
     def is_saved(self, series: str, step: int) -> bool:
         """Whether the step is committed and not being retired; from memory, for the training thread."""
         return step in self._live.get(series, ())
+
+    def newest(self, series: str, step: int | None = None) -> CheckpointRecord | None:
+        """The live checkpoint that was committed last, or that of *step*; from memory."""
+        live = self._live.get(series, {})
+        return next(reversed(live.values()), None) if step is None else live.get(step)
+
+    def directories(self, series: str) -> frozenset[str]:
+        """The directories of all live checkpoints of *series*; from memory."""
+        return frozenset(record.directory for record in self._live.get(series, {}).values())
 
     def begin(self, job: Job, world_size: int, own_failure: Callable[[str], RankFailure]) -> tuple[Attempt | None, Go]:
         """Steps 1 and 2 up to the writers' start: intent, staging directory, metadata, WRITING."""
@@ -342,18 +353,18 @@ class Leader:
         try:
             with self._deleting:
                 self._require_home()
+                self._journal.require_intact()  # opened long ago
                 recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
         finally:
-            self._remember()
+            self._remember(self._journal.standing())
 
-    def _remember(self) -> None:
+    def _remember(self, standing: Sequence[CheckpointRecord]) -> None:
         """
-        Take from the journal what is live, oldest first, and what it lets go that nobody has deleted yet: id → series.
+        Take from what is standing what is live, oldest first, and what was let go and nobody has deleted: id → series.
 
         Kept beside the journal because reading so many rows anew would take longer with every save. Nobody else
         changes them while this epoch is the newest, but for the pins.
         """
-        standing = self._journal.standing()
         self._live: dict[str, dict[int, CheckpointRecord]] = {}
         for record in sorted(standing, key=lambda record: record.commit_seq or 0):
             if record.is_live:

@@ -539,6 +539,7 @@ class CheckpointManager:
         self._leader = Leader(
             self._journal, self._rundir, self._epoch,
             host=self._ranks.host, series=list(self._series), versions=versions, hooks=hooks,
+            standing=None if report.changes else report.standing,
         )  # fmt: skip
         self._leader.project()
 
@@ -747,23 +748,18 @@ class CheckpointManager:
         newest first, as far as it takes to find a safe one.
         """
         assert self._journal is not None
-        self._journal.require_intact()
-        asked = resumption.asked_of(self._journal, series, step)
-        live = {r.id: r for r in asked if r.series == series and r.is_live and step in (None, r.step)}
-        at = {live[id].directory: wrong for id, wrong in verified.items() if id in live}
-        for looked in resumption.newest_first(live.values()):
-            near = {r.directory for r in looked}
-            found = self._rundir.listing(
-                [series], sizes_for=near, unread={r.directory for r in live.values()}.difference(near)
-            )
-            report = resumption.check(
-                recovery.with_traces(self._journal, asked, found),
-                [dataclasses.replace(one, mismatches=at.get(one.path, one.mismatches)) for one in found],
-                series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
-                files={r.id: self._journal.files(r.id) for r in looked},
-            )  # fmt: skip
-            if report.chosen is not None:
-                break
+        assert self._leader is not None
+        report, files = self._judged(
+            series, step, 1, self._leader.directories(series), strict=strict, verified=verified
+        )
+        if not report.newest_is_safe or report.chosen != self._leader.newest(series, step):
+            # Any answer but the one that is expected: only from a journal of which everything was compared again.
+            self._journal.require_intact()
+            known = self._journal.live_directories(series)
+            for count in resumption.looks(len(known)):
+                report, files = self._judged(series, step, count, known, strict=strict, verified=verified)
+                if report.chosen is not None:
+                    break
         record = report.chosen
         if report.verdict is resumption.Verdict.NONE and step is None:
             return None
@@ -774,7 +770,33 @@ class CheckpointManager:
         path = self._rundir.absolute(record.directory)
         metrics = dict(record.metrics)
         resumed = Resumed(series, record.step, path, record.world_size, metrics, record.id, report.passed_over)
-        return _Choice(resumed, record.directory, tuple(self._journal.files(record.id)))
+        return _Choice(resumed, record.directory, tuple(files[record.id]))
+
+    def _judged(
+        self,
+        series: str,
+        step: int | None,
+        newest: int,
+        known: frozenset[str],
+        *,
+        strict: Sequence[str],
+        verified: Mapping[int, tuple[str, ...]],
+    ) -> tuple[resumption.ResumeReport, Mapping[int, Sequence[FileEntry]]]:
+        """Rank 0 only: what the *newest* few are worth, and their files; *known* are the directories of all live."""
+        assert self._journal is not None
+        asked = resumption.asked_of(self._journal, series, step, newest)
+        looked = {r.directory: r for r in asked if r.is_live and step in (None, r.step)}
+        at = {r.directory: verified[r.id] for r in looked.values() if r.id in verified}
+        besides = known - looked.keys()
+        found = self._rundir.listing([series], sizes_for=looked.keys(), besides=besides)
+        files = {r.id: self._journal.files(r.id) for r in looked.values()}
+        report = resumption.check(
+            recovery.with_traces(self._journal, asked, found),
+            [dataclasses.replace(one, mismatches=at.get(one.path, one.mismatches)) for one in found],
+            series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
+            files=files, besides=besides,
+        )  # fmt: skip
+        return report, files
 
     def _load_what_is_intact(
         self, choice: _Choice, load: _Load, verify_digests: bool | Literal["meanwhile"]

@@ -55,6 +55,11 @@ class Digest:
         """The digest as it stands in a manifest."""
         return "xxh3_128:" + self._hash.hexdigest()
 
+    @property
+    def number(self) -> int:
+        """The digest as a number below 2^128."""
+        return self._hash.intdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:

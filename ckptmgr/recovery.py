@@ -76,7 +76,8 @@ class Found:
     rotten: bool = False
     #: The disk refuses to say right now what its manifest says.
     unreadable: bool = False
-    #: Nobody has looked what its manifest says.
+    #: Nobody has looked what its manifest says: it stands at the name of a live checkpoint, and nothing beside it
+    #: says that it was moved.
     unread: bool = False
 
     @property
@@ -266,20 +267,28 @@ def plan(records: Sequence[CheckpointRecord], found: Sequence[Found]) -> tuple[A
     return _Planner(records, found).actions()
 
 
-def traces(found: Iterable[Found]) -> tuple[frozenset[int], frozenset[str]]:
+def traces(
+    records: Iterable[CheckpointRecord], found: Iterable[Found]
+) -> tuple[frozenset[int], frozenset[str], frozenset[tuple[str, int]]]:
     """
-    What tells which attempts have left something: the numbers in manifests, and the staging directories of names.
+    What tells which attempts besides *records* have left something in what was *found*.
 
-    A row that is gone, FAILED or retired and deleted, matters to `plan` only if it has one of these.
+    A row that is missing among them, say FAILED or retired and deleted, matters to `plan` only if it has one of these.
+
+    Returns:
+        The numbers in manifests, the staging directories of names, and the series and steps of final names.
     """
-    numbers, names = set(), set()
+    known = {record.id for record in records}
+    directories = {record.directory for record in records if record.is_live}
+    numbers, names, steps = set(), set(), set()
     for item in found:
-        if item.unread:
-            continue
         if item.holds is not None:
             numbers.add(item.holds)
-        names.add(item.path.removesuffix(".retired").removesuffix(".incomplete") + ".incomplete")
-    return frozenset(numbers), frozenset(names)
+        if item.kind in (FoundKind.STAGING, FoundKind.RETIRED):
+            names.add(item.path.removesuffix(".retired").removesuffix(".incomplete") + ".incomplete")
+        elif item.kind is FoundKind.FINAL and item.step is not None and item.path not in directories:
+            steps.add((item.series, item.step))
+    return frozenset(numbers - known), frozenset(names), frozenset(steps)
 
 
 class _Planner:
@@ -344,8 +353,10 @@ class _Planner:
         return None if path in self._accounted else self._at.get(path)
 
     def _holds(self, record: CheckpointRecord, path: str) -> bool:
-        """Whether a directory at *path* says it is this attempt."""
+        """Whether a directory at *path* says it is this attempt; or need not be asked, for it was never moved."""
         item = self._at.get(path)
+        if item is not None and item.unread:
+            return record.is_live and path == record.directory
         return item is not None and item.is_directory and item.holds == record.id
 
     def _intact(self, record: CheckpointRecord, path: str) -> bool:
@@ -567,6 +578,8 @@ class RecoveryReport:
     applied: bool
     #: Directories set aside for inspection: the name each had → the name it has now.
     set_aside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: Every attempt that was not gone; where there are no changes they are as they are now.
+    standing: tuple[CheckpointRecord, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def changes(self) -> tuple[Action, ...]:
@@ -597,7 +610,8 @@ def preview(journal: Journal, rundir: RunDirectory) -> RecoveryReport:
     Raises:
         InvalidArgument: The rows contradict each other; see `plan`.
     """
-    return RecoveryReport(_look(journal, rundir), applied=False)
+    records = journal.standing()
+    return RecoveryReport(_look(journal, rundir, records), applied=False, standing=tuple(records))
 
 
 def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pid: int) -> RecoveryReport:
@@ -614,10 +628,11 @@ def recover(journal: Journal, rundir: RunDirectory, *, epoch: int, host: str, pi
         InvalidArgument: The rows contradict each other; see `plan`.
     """
     hands = _Hands(journal, rundir, epoch=epoch, host=host, pid=pid)
-    actions = _look(journal, rundir)
+    records = journal.standing()
+    actions = _look(journal, rundir, records)
     for action in actions:
         hands.carry_out(action)
-    return RecoveryReport(actions, applied=True, set_aside=hands.set_aside)
+    return RecoveryReport(actions, applied=True, set_aside=hands.set_aside, standing=tuple(records))
 
 
 def project(run_id: str, live: Sequence[CheckpointRecord], rundir: RunDirectory, *, series: Iterable[str]) -> None:
@@ -638,13 +653,15 @@ def project(run_id: str, live: Sequence[CheckpointRecord], rundir: RunDirectory,
         rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
 
 
-def _look(journal: Journal, rundir: RunDirectory) -> tuple[Action, ...]:
-    journal.require_intact()
-    records = journal.standing()
+def _look(journal: Journal, rundir: RunDirectory, records: Sequence[CheckpointRecord]) -> tuple[Action, ...]:
     gathered = [record for record in records if record.state is S.GATHERED]
     # A size is no proof: after a power cut a file may have its full size and hold only zeros.
     deep_for = [path for record in gathered for path in (record.directory, record.staging_directory)]
-    found = rundir.listing(journal.series(), deep_for=deep_for)
+    # Thousands of manifests would be read, of checkpoints that nothing has happened to: whose step has no other row
+    # that could have moved them. The run directory looks for names that say so.
+    busy = {(record.series, record.step) for record in records if not record.is_live}
+    quiet = {r.directory for r in records if r.is_live and (r.series, r.step) not in busy}
+    found = rundir.listing(journal.series(), deep_for=deep_for, unread=quiet)
     for item in found:
         # A disk that cannot be read right now says nothing about what is on it: do not give up a copy for that.
         if item.path in deep_for and (errors := [m for m in item.mismatches or () if m.startswith("unreadable:")]):
@@ -656,11 +673,12 @@ def with_traces(
     journal: Journal, records: Iterable[CheckpointRecord], found: Iterable[Found]
 ) -> list[CheckpointRecord]:
     """
-    Add to *records* those that are gone and have left a trace in what was *found*; in order of their numbers.
+    Add to *records* those that have left a trace in what was *found*; in order of their numbers.
 
-    A run has few checkpoints and a long history, of which nothing else is read.
+    A run has a long history, of which nothing else is read.
     """
-    by_id = {record.id: record for record in journal.gone(*traces(found))}
+    records = list(records)
+    by_id = {record.id: record for record in journal.traced(*traces(records, found))}
     by_id |= {record.id: record for record in records}
     return [by_id[id] for id in sorted(by_id)]
 

@@ -184,29 +184,37 @@ class ResumeReport:
         }
 
 
-def asked_of(journal: Journal, series: str, step: int | None = None) -> list[CheckpointRecord]:
+def asked_of(journal: Journal, series: str, step: int | None, newest: int) -> list[CheckpointRecord]:
     """
     The attempts that `check` judges, in order of their numbers, without reading the whole history of *series*.
 
-    Those that are gone and have left something on disk are missing yet: `recovery.with_traces` adds them.
+    Others that have left something on disk are missing yet: `recovery.with_traces` adds them.
+
+    Args:
+        journal: Of the run.
+        series: Which series.
+        step: Only the attempts to save this step, and what is in flight.
+        newest: Else, how many of the live checkpoints, the newest first.
     """
-    also = journal.failed_since_commit(series) if step is None else journal.of_step(series, step)
-    by_id = {record.id: record for record in (*journal.standing(series), *also)}
+    if step is None:
+        return journal.newest(series, newest)
+    by_id = {record.id: record for record in journal.of_step(series, step)}
+    if (busy := journal.in_flight(series)) is not None:
+        by_id[busy.id] = busy
     return [by_id[id] for id in sorted(by_id)]
 
 
-def newest_first(live: Iterable[CheckpointRecord]) -> Iterator[list[CheckpointRecord]]:
+def looks(total: int) -> Iterator[int]:
     """
-    What to look at until one of them is safe: the newest, then the newest few, twice as many each time, all in the end.
+    How many of *total* to look at until one is safe: the newest, then twice as many each time, all in the end.
 
     Whoever wants to know from which to resume need not read the manifests of thousands that are older.
     """
-    ordered = sorted(live, key=_order, reverse=True)
     count = 1
-    while count < len(ordered):
-        yield ordered[:count]
+    while count < total:
+        yield count
         count *= 2
-    yield ordered
+    yield total
 
 
 def check(
@@ -219,6 +227,7 @@ def check(
     per_rank_used: Container[str] | None = None,
     live_epoch: bool = False,
     files: Mapping[int, Sequence[FileEntry]] | None = None,
+    besides: Container[str] = (),
 ) -> ResumeReport:
     """
     Judge every committed checkpoint of *series* that was looked at. Pure and deterministic.
@@ -226,14 +235,14 @@ def check(
     Args:
         records: Rows of the journal, all or those of `asked_of` with traces; other series are ignored.
         found: What stands in the series' directory. Names whose files were not verified
-            (``mismatches`` is None) are judged by directory and manifest alone, and of those that
-            are ``unread`` the report says nothing.
+            (``mismatches`` is None) are judged by directory and manifest alone.
         series: Which series.
         step: Judge only this step.
         world_size: The number of ranks that would resume; None if that is not known.
         per_rank_used: Which names of per-rank state would be loaded; None for all.
         live_epoch: Whether a manager has the run open, so that attempts in flight are its own.
         files: What the journal recorded of each attempt's files, where that is to be compared with its manifest.
+        besides: Directories of live checkpoints that nobody has looked at; of those the report says nothing.
 
     Raises:
         InvalidArgument: A step or world size that cannot be one, a path listed twice, or a
@@ -249,10 +258,9 @@ def check(
     # Publishing moves the checkpoint that it replaces aside, and it is back after recovery at the latest.
     moving = {r.overwrites for r in rows if r.state is CheckpointState.GATHERED and r.overwrites is not None}
     candidates = []
-    for record in sorted((r for r in asked if r.is_live), key=_order, reverse=True):
+    live = (record for record in asked if record.is_live and record.directory not in besides)
+    for record in sorted(live, key=_order, reverse=True):
         item = at.get(record.directory)
-        if item is not None and item.unread:
-            continue
         if record.id in moving and (item is None or item.holds != record.id):
             findings = [_moved_aside(record, live_epoch=live_epoch)]
         else:

@@ -5,7 +5,7 @@ Write the next numbered migration, with what differs between ckptmgr/journal/sch
     tools/new_revision.py add a colour to every checkpoint
 
 Read what it wrote: Alembic sees tables, columns and indexes, but neither CHECKs nor triggers.
-Then set REVISION in ckptmgr/journal/schema.py to the new number; the tests hold the two together.
+Then set REVISION in ckptmgr/journal/__init__.py to the new number; the tests hold the two together.
 """
 
 from __future__ import annotations

@@ -3,34 +3,36 @@ The ``ckptmgr`` command: look at a run, ask whether it may be resumed, and put r
 
 It reads the journal and the run directory and imports neither torch nor the manager, so it starts
 fast and runs where no training can. Nothing is changed without ``--apply`` (``upgrade`` excepted,
-which makes a backup first). Each command is one file here, with HELP, DESCRIPTION, EXAMPLES,
-``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it prints
-goes through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these
+which makes a backup first). Each command is one file here, loaded when it is asked for, with DESCRIPTION,
+EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it
+prints goes through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these
 files by a test.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
-from ckptmgr.cli import check, doctor, latest, log, ls, recover, show, upgrade
 from ckptmgr.cli.exit_codes import Exit, exit_code, is_our_bug
 from ckptmgr.cli.output import Output
 from ckptmgr.errors import InvalidArgument
 
+#: Every command, which is also the name of its file, and its line in ``ckptmgr --help``.
 COMMANDS = {
-    "ls": ls,
-    "show": show,
-    "log": log,
-    "latest": latest,
-    "check": check,
-    "recover": recover,
-    "upgrade": upgrade,
-    "doctor": doctor,
+    "ls": "list the checkpoints of a run: series, step, state, age, size, and why each is kept or failed",
+    "show": "show the files, ranks, durations, failures and history of one checkpoint",
+    "log": "print every transition, oldest first",
+    "latest": "print the path of the newest checkpoint that is safe to resume from",
+    "check": "say whether the run may be resumed, from which path, and what speaks against it",
+    "recover": "say what a crash left and what would be done about it; --apply does it",
+    "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",
+    "doctor": "try on your own storage what a run relies on, and say what holds there",
 }
 #: What a command is about, and what that is, unless it says otherwise.
 TARGET = ("RUN", "a run directory, or its .journal.db file")
@@ -62,14 +64,19 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import importlib.metadata
 
-        from ckptmgr.journal.schema import REVISION
+        from ckptmgr.journal import REVISION
 
         Output(as_json=False).line(f"ckptmgr {importlib.metadata.version('ckptmgr')} (journal schema {REVISION})")
         parser.exit()
 
 
-def build_parser() -> Parser:
-    """The parser of the whole command line."""
+def command_file(name: str) -> ModuleType:
+    """The file of one of `COMMANDS`."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def build_parser(words: Collection[str] = tuple(COMMANDS)) -> Parser:
+    """The parser of the whole command line; of commands that are not among its *words* it knows no more than names."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="ckptmgr",
@@ -80,17 +87,21 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the journal's schema")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
+    for name, text in COMMANDS.items():
+        if name not in words:
+            commands.add_parser(name, help=text)
+            continue
+        module = command_file(name)
         command = commands.add_parser(
             name,
-            help=module.HELP,
+            help=text,
             description=module.DESCRIPTION,
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=raw,
             allow_abbrev=False,
         )
-        metavar, text = getattr(module, "TARGET", TARGET)
-        command.add_argument("run", metavar=metavar, help=text)
+        metavar, about = getattr(module, "TARGET", TARGET)
+        command.add_argument("run", metavar=metavar, help=about)
         module.configure(command)
         command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
         command.add_argument("--json", action="store_true", help="print JSON, errors included")
@@ -113,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     out = Output(as_json="--json" in words)
     try:
-        args = build_parser().parse_args(words)
+        args = build_parser(words).parse_args(words)
         out = Output(as_json=args.json, run=[args.run, *(("--journal", args.journal) if args.journal else ())])
-        return int(COMMANDS[args.command].run(args, out))
+        return int(command_file(args.command).run(args, out))
     except SystemExit as end:
         out.finish()
         return int(end.code or 0)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ckptmgr.recovery import Found
     from ckptmgr.rundir import RunDirectory
 
-HELP = "say whether the run may be resumed, from which path, and what speaks against it"
 DESCRIPTION = """\
 Say whether the run may be resumed and from which path, with every finding that
 speaks against it. Sizes are always compared with what was committed; --deep
@@ -141,12 +140,13 @@ def judge(
     """
     verified: dict[int, tuple[str, ...]] = {}
     for _ in range(_LOOKS):
-        records = resume.asked_of(journal, series, step)
-        live = [record for record in records if record.is_live and step in (None, record.step)]
-        for looked in resume.newest_first(live) if until_safe else [live]:
+        known = journal.live_directories(series)
+        for newest in resume.looks(len(known)) if until_safe else [len(known)]:
+            records = resume.asked_of(journal, series, step, newest)
+            looked = [record for record in records if record.is_live and step in (None, record.step)]
             near = {record.directory for record in looked}
-            unread = {record.directory for record in live} - near
-            found = rundir.listing([series], sizes_for=near, unread=unread)
+            besides = known - near
+            found = rundir.listing([series], sizes_for=near, besides=besides)
             if deep_for is not None:
                 found = verify_digests(journal, rundir, looked, found, verified=verified, out=deep_for)
             report = resume.check(
@@ -157,11 +157,12 @@ def judge(
                 world_size=world_size,
                 live_epoch=target.live_epoch(journal) is not None,
                 files={record.id: journal.files(record.id) for record in looked},
+                besides=besides,
             )
             if report.chosen is not None:
                 break
         # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
-        if resume.asked_of(journal, series, step) == records:
+        if resume.asked_of(journal, series, step, newest) == records:
             return report
     raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
 

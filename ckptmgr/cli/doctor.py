@@ -12,7 +12,6 @@ from ckptmgr.filesystems import Level, file_system
 from ckptmgr.options import parse_size
 from ckptmgr.storage import Place, Role, StorageReport, Verdict
 
-HELP = "try on your own storage what a run relies on, and say what holds there"
 DESCRIPTION = """\
 Try on the storage of a directory what a run relies on there: exclusive
 creation, renaming, fsync, locks between processes, a SQLite journal, space,

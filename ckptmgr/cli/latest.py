@@ -9,7 +9,6 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output
 from ckptmgr.resume import Verdict
 
-HELP = "print the path of the newest checkpoint that is safe to resume from"
 DESCRIPTION = """\
 Print the absolute path of the newest checkpoint that `ckptmgr check` would
 accept, and nothing else. If that is not the newest one, a note on stderr says

@@ -11,7 +11,6 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Span, timestamp
 from ckptmgr.lifecycle import TransitionRecord
 
-HELP = "print every transition, oldest first"
 DESCRIPTION = """\
 Print every transition the journal has recorded, oldest first: when (UTC),
 which checkpoint, its new state, the epoch, and who made it and why. With

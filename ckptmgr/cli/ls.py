@@ -10,7 +10,6 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, age, size
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 
-HELP = "list the checkpoints of a run: series, step, state, age, size, and why each is kept or failed"
 DESCRIPTION = """\
 List the checkpoints of a run, series by series, oldest first. Retired
 checkpoints, and failed attempts from before the newest commit of their series,

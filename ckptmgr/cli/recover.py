@@ -20,7 +20,6 @@ from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, Journa
 if TYPE_CHECKING:
     from ckptmgr.rundir import RunDirectory
 
-HELP = "say what a crash left and what would be done about it; --apply does it"
 DESCRIPTION = """\
 Say what a crash left in the run directory and the journal, and what would be
 done about it. A manager does the same when it starts. Nothing is changed

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ckptmgr.lifecycle import CheckpointRecord, TransitionRecord
     from ckptmgr.manifest import FileEntry
 
-HELP = "show the files, ranks, durations, failures and history of one checkpoint"
 DESCRIPTION = """\
 Show everything the journal knows of one checkpoint. If the step was saved more
 than once, this is the committed one, or else the newest attempt; the others

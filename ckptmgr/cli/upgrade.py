@@ -8,7 +8,6 @@ from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output
 
-HELP = "bring the journal to the schema of this version of ckptmgr; makes a backup first"
 DESCRIPTION = """\
 Bring the journal of a run to the schema of this version of ckptmgr. The old
 one is kept beside it as <journal>.before-<schema>. There is no way back but

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from ckptmgr.journal.questions import Verification
     from ckptmgr.journal.store import Journal
 
-__all__ = ["Journal", "Verification"]
+#: The newest migration. Ids are four digits in one line, so a larger one is a newer one.
+REVISION = "0002"
+
+__all__ = ["REVISION", "Journal", "Verification"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in ("Journal", "Verification"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ckptmgr.journal import questions, store
 

@@ -8,6 +8,7 @@ directories relative to the run directory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, Table, and_, func, or_, select, text
+from sqlalchemy import Connection, Row, Select, Table, and_, bindparam, func, select, text, tuple_
 
 from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
 from ckptmgr.journal import database, schema, seal
@@ -34,8 +35,6 @@ _STAGING = re.compile(r"\.e[0-9]{1,18}\.a[0-9]{1,18}\.incomplete\Z")
 newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
 live = text(schema.LIVE)
 in_flight = text(schema.IN_FLIGHT)
-#: FAILED, or retired and deleted: nothing can happen to such an attempt any more.
-gone = text("(state = 'FAILED' OR retired_at IS NOT NULL)")
 standing = text("state <> 'FAILED' AND retired_at IS NULL")
 attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
     pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
@@ -44,6 +43,17 @@ attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoi
 
 #: The plus keeps SQLite from walking all rows in this order, where a partial index holds the few that are asked for.
 _few_by_id = text("+checkpoint.id")
+#: And here from reading all rows of a series, where those that are asked for are the last ones of an order.
+_of_series = text("+checkpoint.series = :series")
+_last_committed = (
+    attempts.where(_of_series, live, checkpoint.c.commit_seq.is_not(None))
+    .order_by(checkpoint.c.commit_seq.desc())
+    .limit(bindparam("count"))
+)
+_in_flight = attempts.where(checkpoint.c.series == bindparam("series"), in_flight)
+_failed_after = attempts.where(
+    _of_series, checkpoint.c.state == CheckpointState.FAILED.value, checkpoint.c.id > bindparam("last")
+)
 #: Values in one query; SQLite takes a few hundred in all its versions.
 _AT_ONCE = 400
 
@@ -145,40 +155,53 @@ class Questions:
 
     def in_flight(self, series: str) -> CheckpointRecord | None:
         """The attempt of *series* that is in flight; there is at most one."""
-        found = self._records(attempts.where(checkpoint.c.series == series, in_flight))
-        return found[0] if found else None
+        with self._database.reading() as connection:
+            row = connection.execute(_in_flight, {"series": series}).first()
+        return None if row is None else self._record(row)
 
     def standing(self, series: str | None = None) -> list[CheckpointRecord]:
         """Every attempt that is not gone: in flight, live, or retiring and not deleted yet."""
         query = attempts.where(standing).order_by(checkpoint.c.id)
         return self._records(query if series is None else query.where(checkpoint.c.series == series))
 
-    def failed_since_commit(self, series: str) -> list[CheckpointRecord]:
-        """The attempts that began after the newest live checkpoint of *series* and FAILED."""
-        other = checkpoint.alias()
-        last = (
-            select(other.c.id).where(other.c.series == series, live).order_by(other.c.commit_seq.desc()).limit(1)
-        ).scalar_subquery()
-        query = attempts.where(
-            checkpoint.c.series == series,
-            checkpoint.c.state == CheckpointState.FAILED.value,
-            checkpoint.c.id > func.coalesce(last, 0),
-        )
-        return self._records(query.order_by(checkpoint.c.id))
+    def newest(self, series: str, count: int) -> list[CheckpointRecord]:
+        """
+        The *count* live checkpoints of *series* that committed last, what is in flight, and what FAILED since the last.
+
+        All of one moment, in the order of their numbers, and without reading the history before them.
+        """
+        with self._database.reading() as connection:
+            rows = list(connection.execute(_last_committed, {"series": series, "count": count}))
+            last = rows[0].id if rows else 0
+            rows += connection.execute(_in_flight, {"series": series})
+            rows += connection.execute(_failed_after, {"series": series, "last": last})
+        return [self._record(row) for row in sorted(rows, key=lambda row: row.id)]
+
+    def live_directories(self, series: str) -> frozenset[str]:
+        """The directories of all live checkpoints of *series*; nothing else of them is read."""
+        query = select(checkpoint.c.directory).where(checkpoint.c.series == series, live)
+        with self._database.reading() as connection:
+            return frozenset(connection.execute(query).scalars())
 
     def of_step(self, series: str, step: int) -> list[CheckpointRecord]:
         """Every attempt to save *step*."""
         query = attempts.where(checkpoint.c.series == series, checkpoint.c.step == step)
         return self._records(query.order_by(checkpoint.c.id))
 
-    def gone(self, numbers: Iterable[int], staging_directories: Iterable[str]) -> list[CheckpointRecord]:
-        """Attempts with one of these *numbers* or *staging_directories* that FAILED or are retired and deleted."""
-        ids, names = sorted(set(numbers)), sorted(set(staging_directories))
+    def traced(
+        self, numbers: Iterable[int], staging_directories: Iterable[str], steps: Iterable[tuple[str, int]]
+    ) -> list[CheckpointRecord]:
+        """Every attempt with one of these *numbers* or *staging_directories*, or to save one of *steps* of a series."""
         found: dict[int, CheckpointRecord] = {}
-        for start in range(0, max(len(ids), len(names)), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            asked = or_(checkpoint.c.id.in_(ids[part]), checkpoint.c.staging_directory.in_(names[part]))
-            found |= {record.id: record for record in self._records(attempts.where(asked, gone))}
+        for column, values in (
+            (checkpoint.c.id, numbers),
+            (checkpoint.c.staging_directory, staging_directories),
+            (tuple_(checkpoint.c.series, checkpoint.c.step), steps),
+        ):
+            ordered: list[Any] = sorted({*values})
+            for start in range(0, len(ordered), _AT_ONCE):
+                query = attempts.where(column.in_(ordered[start : start + _AT_ONCE]))
+                found |= {record.id: record for record in self._records(query)}
         return [found[id] for id in sorted(found)]
 
     def checkpoint(self, checkpoint_id: int) -> CheckpointRecord:
@@ -324,16 +347,16 @@ class Questions:
 
     def _facts(self, table: Table, row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
         """What a row says, every column of *table* of the type that it is to have."""
-        known = table.c.keys()
+        known = _columns(table)
         return {
-            name: self._fact(table, name, value) if name in known else value for name, value in row._mapping.items()
+            name: self._fact(table, name, value) if name in known else value
+            for name, value in zip(row._fields, row, strict=True)
         }
 
     def _fact(self, table: Table, name: str, value: Any) -> Any:
-        column = table.c[name]
-        kind = column.type.python_type
+        kind, nullable = _columns(table)[name]
         if value is None:
-            fine = column.nullable is True
+            fine = nullable
         elif kind is float:
             fine = type(value) in (int, float) and is_finite(value)
         elif kind is int:
@@ -345,7 +368,7 @@ class Questions:
         return value
 
     def _series_name(self, name: str) -> str:
-        if not is_plain_relative(name) or "/" in name or name.startswith("."):
+        if not _can_name_a_series(name):
             raise self._corrupt(f"a series is named {name[:80]!r}")
         return name
 
@@ -384,6 +407,17 @@ class Questions:
 
     def _corrupt(self, reason: str) -> JournalCorrupt:
         return database.damaged(self.path, reason)
+
+
+@functools.lru_cache
+def _can_name_a_series(name: str) -> bool:
+    return is_plain_relative(name) and "/" not in name and not name.startswith(".")
+
+
+@functools.cache
+def _columns(table: Table) -> Mapping[str, tuple[type, bool]]:
+    """Of each column the type of its values, and whether there may be none."""
+    return {column.name: (column.type.python_type, column.nullable is True) for column in table.columns}
 
 
 def not_found(series: str, step: int) -> CheckpointNotFound:

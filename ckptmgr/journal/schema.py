@@ -16,8 +16,10 @@ from sqlalchemy import REAL, CheckConstraint, Column, ForeignKey, Index, Integer
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-#: The newest migration. Ids are four digits in one line, so a larger one is a newer one.
-REVISION = "0002"
+from ckptmgr import journal
+
+#: The newest migration; it stands there because whoever asks for it alone need not wait for SQLAlchemy.
+REVISION = journal.REVISION
 
 #: "ckpt", in the header of the file: tells a journal from somebody else's SQLite database.
 APPLICATION_ID = 0x636B7074

@@ -36,6 +36,8 @@ _NOTHING = (0, "0" * 32)
 _HEX = re.compile(r"[0-9a-f]{32}")
 _SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
 
+_as_text = json.JSONEncoder(default=repr).encode
+
 Part = tuple[str, int]
 
 
@@ -200,4 +202,4 @@ def _part(table: str, row: tuple[Any, ...]) -> Part:
 
 def _digest(table: str, row: tuple[Any, ...]) -> int:
     """A number for a row that no other has; JSON tells 1 from 1.0 and from "1". A BLOB would be damage anyway."""
-    return int(Digest(json.dumps((table, *row), default=repr).encode()).text.partition(":")[2], 16)
+    return Digest(_as_text((table, *row)).encode()).number

@@ -21,7 +21,7 @@ import pytest
 from run_on_disk import Call, Run, S, in_child, start
 
 from ckptmgr import errors
-from ckptmgr.cli import COMMANDS, build_parser
+from ckptmgr.cli import COMMANDS, build_parser, command_file
 from ckptmgr.cli.exit_codes import Exit, exit_code
 from ckptmgr.lifecycle import RetirementMark
 
@@ -65,11 +65,25 @@ def test_every_command_is_among_those_checked_for_torch() -> None:
     assert {words[0] for words in COMMAND_LINES} == set(COMMANDS)
 
 
-def test_help_loads_no_database_library() -> None:
-    script = "import sys; from ckptmgr.cli import main; main(['--help']); print('sqlalchemy' in sys.modules)"
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_load_neither_a_command_nor_a_database_library(flag: str) -> None:
+    assert {"sqlalchemy", "sqlite3", *(f"ckptmgr.cli.{name}" for name in COMMANDS)}.isdisjoint(loaded_by(flag))
 
-    assert child.stdout.splitlines()[-1] == "False"
+
+def test_a_command_loads_none_of_the_others(run: Run) -> None:
+    """But for what they share: `latest` asks what `check` asks."""
+    run.save(100)
+    loaded = loaded_by("latest", str(run.directory))
+
+    assert {"ckptmgr.cli.latest", "sqlalchemy"} <= loaded
+    others = {f"ckptmgr.cli.{name}" for name in COMMANDS} - {"ckptmgr.cli.latest", "ckptmgr.cli.check"}
+    assert {"ckptmgr.storage", "ckptmgr.rebuild", *others}.isdisjoint(loaded)
+
+
+def loaded_by(*words: str) -> set[str]:
+    script = f"import sys; from ckptmgr.cli import main; main({[*words]!r}); print(*sys.modules)"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    return set(child.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,8 +99,8 @@ def test_every_command_has_help_with_examples(ckptmgr: Call, command: str) -> No
 def test_the_examples_in_help_parse(ckptmgr: Call) -> None:
     examples = [
         re.search(r"ckptmgr ([^|)]+)", line).group(1).strip('" ').split()
-        for module in COMMANDS.values()
-        for line in module.EXAMPLES.splitlines()
+        for name in COMMANDS
+        for line in command_file(name).EXAMPLES.splitlines()
     ]
 
     assert len(examples) > len(COMMANDS)
@@ -225,7 +239,7 @@ def test_a_bug_ends_with_1_and_leaves_a_traceback_on_stderr_with_json_too(
     def broken(*_: Any) -> int:
         raise RuntimeError("a thing that cannot be \x1b[31m")
 
-    monkeypatch.setattr(COMMANDS["ls"], "run", broken)
+    monkeypatch.setattr(command_file("ls"), "run", broken)
     text, as_json = ckptmgr("ls", run.directory), ckptmgr("ls", run.directory, "--json")
 
     assert (text.code, text.out) == (1, "")
@@ -243,7 +257,7 @@ def test_what_the_operating_system_refuses_ends_with_1_without_a_traceback(
     def refused(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/somewhere")
 
-    monkeypatch.setattr(COMMANDS["ls"], "run", refused)
+    monkeypatch.setattr(command_file("ls"), "run", refused)
     done = ckptmgr("ls", run.directory)
 
     assert done.code == 1

@@ -339,8 +339,10 @@ def _ask(journal: Journal) -> None:
                 part(record.id)
     for question in (
         *(journal.epochs, journal.current_epoch, journal.standing, journal.transitions, journal.decisions),
-        *(journal.require_intact, lambda: [journal.failed_since_commit(name) for name in journal.series()]),
-        *(lambda: [journal.format_of(name) for name in journal.series()], lambda: journal.gone([1, 2], ["x"])),
+        *(journal.require_intact, lambda: [journal.newest(name, 2) for name in journal.series()]),
+        lambda: [journal.format_of(name) for name in journal.series()],
+        lambda: [journal.live_directories(name) for name in journal.series()],
+        lambda: journal.traced([1, 2], ["x"], [("checkpoint", 2)]),
     ):
         with contextlib.suppress(CheckpointError):
             question()

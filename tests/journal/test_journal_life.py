@@ -538,22 +538,35 @@ def a_long_life(steps: Steps) -> Journal:
     return journal
 
 
-def test_what_is_standing_and_what_is_gone_make_up_everything(steps):
+def test_what_is_standing_is_everything_but_what_is_gone(steps):
     journal = a_long_life(steps)
     everything = journal.checkpoints()
-    gone = [row for row in everything if row.state is S.FAILED or row.retired_at is not None]
-    standing = [row for row in everything if row not in gone]
-    each = range(1, len(everything) + 1)
+    standing = [row for row in everything if row.state is not S.FAILED and row.retired_at is None]
 
     assert {row.state for row in standing} == {S.GATHERED, S.COMMITTED}
     assert {row.is_live for row in standing} == {True, False}
     assert journal.standing() == standing
     assert journal.standing("hf") == [row for row in standing if row.series == "hf"]
-    assert journal.gone(each, ()) == gone
-    assert journal.gone((), [row.staging_directory for row in everything]) == gone
-    assert journal.gone([gone[1].id, standing[0].id, 999], [gone[0].staging_directory, "checkpoint/step-1"]) == gone[:2]
-    assert journal.gone((), ()) == []
-    assert journal.gone([*range(1000, 3000), gone[0].id], map(str, range(900))) == gone[:1], "more than one query takes"
+    for series in ("checkpoint", "hf", "never seen"):
+        live = {row.directory for row in standing if row.series == series and row.is_live}
+        assert journal.live_directories(series) == live
+
+
+def test_what_a_number_a_name_or_a_step_tells_of(steps):
+    journal = a_long_life(steps)
+    rows = journal.checkpoints()
+    each = range(1, len(rows) + 1)
+    of_step_3 = [row for row in rows if (row.series, row.step) == ("hf", 3)]
+
+    assert journal.traced(each, (), ()) == rows
+    assert journal.traced((), [row.staging_directory for row in rows], ()) == rows
+    assert journal.traced((), (), {(row.series, row.step) for row in rows}) == rows
+    assert journal.traced([rows[3].id, 999], [rows[0].staging_directory, rows[1].directory], ()) == [rows[0], rows[3]]
+    assert journal.traced((), (), [("hf", 3), ("hf", 99), ("none", 3)]) == of_step_3
+    assert len(of_step_3) == 3
+    assert journal.traced((), (), ()) == []
+    many = [*range(1000, 3000), rows[0].id], map(str, range(900)), [("x", step) for step in range(900)]
+    assert journal.traced(*many) == rows[:1], "more than one query takes"
 
 
 def test_what_is_in_flight_in_a_series(steps):
@@ -563,13 +576,22 @@ def test_what_is_in_flight_in_a_series(steps):
     assert journal.in_flight("hf") is None
 
 
-def test_what_failed_since_the_newest_commit(steps):
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+def test_the_newest_what_is_in_flight_and_what_failed_since(steps, count):
     journal = a_long_life(steps)
+    rows = journal.checkpoints()
+    for series, since in (("checkpoint", [4]), ("hf", [3, 9])):
+        of_series = [row for row in rows if row.series == series]
+        live = sorted((row for row in of_series if row.is_live), key=lambda row: row.commit_seq)
+        failed = [row for row in of_series if row.state is S.FAILED]
+        failed = [row for row in failed if row.id > live[-1].id] if count else failed
+        busy = [row for row in of_series if row.is_in_flight]
+        expected = [*(live[-count:] if count else []), *failed, *busy]
 
-    assert [row.step for row in journal.failed_since_commit("checkpoint")] == [4]
-    assert [row.step for row in journal.failed_since_commit("hf")] == [3, 9]
+        assert journal.newest(series, count) == sorted(expected, key=lambda row: row.id)
+        assert not count or [row.step for row in failed] == since
     steps.to(S.FAILED, 1, "never committed")
-    assert [row.step for row in journal.failed_since_commit("never committed")] == [1]
+    assert [row.step for row in journal.newest("never committed", count)] == [1]
 
 
 def test_the_newest_commit_is_the_last_in_commit_order(steps):
@@ -578,7 +600,7 @@ def test_the_newest_commit_is_the_last_in_commit_order(steps):
     for source, dest in itertools.pairwise(WALK):
         slow = steps.move(slow, source, dest)
     steps.to(S.FAILED, 3, "slow")
-    assert [row.step for row in steps.journal.failed_since_commit("slow")] == [3]
+    assert [row.step for row in steps.journal.newest("slow", 1)] == [1, 3]
 
 
 def test_every_attempt_of_a_step(steps):

@@ -643,8 +643,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "recovery.py",
-                "    found = rundir.listing(journal.series(), deep_for=deep_for)\n",
-                "    found = rundir.listing(journal.series(), sizes_for=deep_for)\n",
+                "    found = rundir.listing(journal.series(), deep_for=deep_for, unread=quiet)\n",
+                "    found = rundir.listing(journal.series(), sizes_for=deep_for, unread=quiet)\n",
             ),
         ),
         (

@@ -236,12 +236,14 @@ def test_rows_that_are_gone_and_have_left_no_trace_change_no_plan():
     for case in everything():
         world = world_of(*case)
         names = [found(path, entry) for path, entry in world.disk.items()]
-        numbers, staging = traces(names)
+        rows = [*world.rows.values()]
+        standing = [row for row in rows if row.state is not S.FAILED and row.retired_at is None]
+        numbers, staging, steps = traces(standing, names)
         needed = [
             row
-            for row in world.rows.values()
-            if row.is_live or row.is_in_flight or (row.state is S.COMMITTED and row.retired_at is None)
-            or row.id in numbers or row.staging_directory in staging
+            for row in rows
+            if row in standing or row.id in numbers or row.staging_directory in staging
+            or (row.series, row.step) in steps
         ]  # fmt: skip
         left_out += len(world.rows) - len(needed)
 

@@ -23,7 +23,7 @@ from ckptmgr.resume import (
     ResumeReport,
     Verdict,
     check,
-    newest_first,
+    looks,
     of_projections,
     shares,
 )
@@ -150,8 +150,9 @@ def test_nothing_committed_is_an_error_of_its_own():
 
 
 def test_what_was_not_looked_at_is_no_candidate_and_no_finding():
+    """Also where its row is among those that were asked for, say because a copy of it stands elsewhere."""
     newest, older = record(2, 20), record(1, 10)
-    report = checked([newest, older], [at(newest, mismatches=("missing: a",)), at(older, holds=None, unread=True)])
+    report = checked([newest, older], [at(newest, mismatches=("missing: a",))], besides={older.directory})
 
     assert [candidate.record for candidate in report.candidates] == [newest]
     assert (report.chosen, ids(report)) == (None, ["R004"])
@@ -159,12 +160,12 @@ def test_what_was_not_looked_at_is_no_candidate_and_no_finding():
 
 @pytest.mark.parametrize("count", range(10))
 def test_the_newest_are_looked_at_first_and_all_in_the_end(count):
-    live = [record(id, 100 - id) for id in range(1, count + 1)]
-    looks = [[row.id for row in look] for look in newest_first(live)]
+    *some, all_ = looks(count)
 
-    assert looks[-1] == [*range(count, 0, -1)]
-    assert all(look == looks[-1][: 2**n] for n, look in enumerate(looks[:-1]))
-    assert all(len(look) < count for look in looks[:-1])
+    assert all_ == count
+    assert some == [2**n for n in range(len(some))]
+    assert all(look < count for look in some)
+    assert not some or 2 * some[-1] >= count
 
 
 def test_newest_is_by_commit_order_not_by_step():

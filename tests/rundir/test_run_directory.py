@@ -297,6 +297,29 @@ def test_a_listing_verifies_what_it_is_asked_to(rundir: RunDirectory) -> None:
     assert str(by_digest[both[0]].mismatches).count("digest: __0_0.distcp") == 1
 
 
+def test_a_listing_leaves_out_what_it_is_not_asked_for(rundir: RunDirectory) -> None:
+    for number, step in enumerate((5, 6, 7), 1):
+        _publish(rundir, _record(number, step))
+    found = rundir.listing(["checkpoint"], besides={"checkpoint/step-5", "checkpoint/step-7", "other/step-6"})
+
+    assert [(item.path, item.holds) for item in found] == [("checkpoint/step-6", 2)]
+
+
+@pytest.mark.parametrize("beside", ["incomplete", "retired", "quarantined", "quarantined.2"])
+def test_what_stands_beside_a_working_name_of_its_step_is_read_in_any_case(rundir: RunDirectory, beside: str) -> None:
+    """It may have been moved; and a name that is no directory is never taken for one."""
+    for number, step in enumerate((5, 50, 6, 7), 1):
+        _publish(rundir, _record(number, step))
+    (rundir.path / "checkpoint" / f".step-5.e1.a9.{beside}").mkdir()
+    (rundir.path / "checkpoint" / "step-8").symlink_to("step-7")
+    unread = {f"checkpoint/step-{step}" for step in (5, 50, 6, 8)}
+    found = {item.path: item for item in rundir.listing(["checkpoint"], unread=unread)}
+
+    assert {path for path, item in found.items() if item.unread} == {"checkpoint/step-50", "checkpoint/step-6"}
+    assert (found["checkpoint/step-5"].holds, found["checkpoint/step-7"].holds) == (1, 4)
+    assert all(item.holds is None for item in found.values() if item.unread)
+
+
 def test_a_series_that_is_a_link_or_no_plain_name_is_refused(rundir: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (rundir.path / "linked").symlink_to(tmp_path / "elsewhere")
