@@ -94,21 +94,48 @@ class Taken:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Seen:
+    """
+    A state as it is quickly compared: its *tensors* in the order in which PyTorch finds them, and all else.
+
+    *parts* are what this rank has of each tensor, *shape* is everything besides tensors that planning depends on.
+    """
+
+    shape: list[Any]
+    tensors: list[torch.Tensor]
+    parts: list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Known:
     """
     What planning found out about a state of one *shape*; it holds for every state of that shape.
 
-    *in_pieces* are the tensors of which this rank has several pieces, *names* are of all tensors in the order
-    of the state, *values* say where everything else stands.
+    *parts* are `_about_part` of what this rank has of each tensor and *wholes* `_about_whole` of each DTensor,
+    *in_pieces* the tensors of which it has several pieces, *names* those of all tensors in the order of the state;
+    *values* say where everything else stands.
     """
 
     shape: list[Any] | None
+    wholes: list[Any]
+    parts: list[Any]
     plan: SavePlan
     in_pieces: frozenset[str]
     names: list[str]
     values: list[tuple[MetadataIndex, tuple[Any, ...]]]
     mappings: _Mappings
     signature: bytes
+
+    def is_of(self, seen: _Seen) -> bool:
+        """
+        Whether it holds for the state that was *seen*.
+
+        Tensors are compared one by one: in a list, what there is to compare would look like many objects that stay,
+        and every few saves Python's garbage collector would go through all that the training has.
+        """
+        if self.shape != seen.shape or not all(map(operator.eq, self.parts, map(_about_part, seen.parts))):
+            return False
+        return not self.wholes or all(map(operator.eq, self.wholes, map(_about_whole, _sharded(seen.tensors))))
 
 
 class DCPWriter:
@@ -141,17 +168,15 @@ class DCPWriter:
         shared, per_rank = states.split(state)
         state_dicts = states.take(shared)
         strict = {name for name, value in shared.items() if isinstance(value, torch.nn.Module | torch.optim.Optimizer)}
-        watched: list[torch.Tensor] = []
-        parts: list[torch.Tensor] = []
-        shape = _shape([sorted(strict), sorted(per_rank)], state_dicts, watched, parts)
+        seen = _see([sorted(strict), sorted(per_rank)], state_dicts)
         known = self._known
         found: dict[object, torch.Tensor]
-        if known is not None and shape is not None and known.shape == shape:
-            found = dict(zip(known.names, parts, strict=True))
+        if known is not None and seen is not None and known.is_of(seen):
+            found, watched = dict(zip(known.names, seen.parts, strict=True)), seen.tensors
         else:
             self._known = None
-            known, found, watched = _look(state_dicts, strict, per_rank, rank, shape)
-            if shape is not None:
+            known, found, watched = _look(state_dicts, strict, per_rank, rank, seen)
+            if seen is not None:
                 self._known = known
         objects = {
             index: states.dump(functools.reduce(operator.getitem, path, state_dicts), f"state {index.fqn!r}")
@@ -304,7 +329,7 @@ class DCPWriter:
 
 
 def _look(
-    state_dicts: dict[str, Any], strict: set[str], names_per_rank: Iterable[str], rank: int, shape: Any
+    state_dicts: dict[str, Any], strict: set[str], names_per_rank: Iterable[str], rank: int, seen: _Seen | None
 ) -> tuple[_Known, dict[object, torch.Tensor], list[torch.Tensor]]:
     """What is known of a state from now on, its tensors by the keys of copies, and as they are to be watched."""
     planner = DefaultSavePlanner()
@@ -331,7 +356,11 @@ def _look(
     counts = Counter(item.index.fqn for item in pieces)
     in_pieces = frozenset(name for name, count in counts.items() if count > 1)
     tensors = {_key(item.index, in_pieces): _local(planner.resolve_data(item)) for item in pieces}
-    known = _Known(shape, plan, in_pieces, list(watched), values, mappings, digest.digest())
+    alike: dict[Any, Any] = {}
+    parts = [alike.setdefault(one, one) for one in map(_about_part, seen.parts if seen is not None else ())]
+    wholes = list(map(_about_whole, _sharded(watched.values())))
+    shape = seen.shape if seen is not None else None
+    known = _Known(shape, wholes, parts, plan, in_pieces, list(watched), values, mappings, digest.digest())
     return known, tensors, list(watched.values())
 
 
@@ -355,30 +384,27 @@ def _key(index: MetadataIndex, in_pieces: Collection[str]) -> object:
     return index if index.fqn in in_pieces else index.fqn
 
 
-#: What planning depends on in a dense tensor; whether it is quantized, its dtype says.
-_about_tensor = operator.attrgetter("dtype", "shape", "layout", "is_meta")
+#: What planning depends on in a dense tensor (whether it is quantized, its dtype says), and in a DTensor besides.
+_about_part = operator.attrgetter("dtype", "shape", "layout", "is_meta")
+_about_whole = operator.attrgetter("device_mesh", "placements", "shape")
 
 
-def _shape(
-    about: list[Any], state_dicts: Mapping[str, Any], tensors: list[torch.Tensor], parts: list[torch.Tensor]
-) -> list[Any] | None:
-    """
-    All of a state that planning depends on, in a form that is quickly compared; None if that cannot be told.
+def _sharded(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (tensor for tensor in tensors if type(tensor) is DTensor)
 
-    Its tensors are appended to *tensors*, in the order in which PyTorch finds them, and what this rank has of each
-    to *parts*.
-    """
+
+def _see(about: list[Any], state_dicts: Mapping[str, Any]) -> _Seen | None:
+    """A state, and what else is *about* it, to be compared; None if it cannot be told what planning depends on."""
+    tensors: list[torch.Tensor] = []
     try:
         _describe(state_dicts, about, tensors)
     except (TypeError, RecursionError):
         return None
-    parts += [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]
-    about += map(_about_tensor, parts)
-    return about
+    return _Seen(about, tensors, [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors])
 
 
 def _describe(value: Any, about: list[Any], tensors: list[torch.Tensor]) -> None:
-    """One value for `_shape`; as an inner function it would keep the tensors until the next garbage collection."""
+    """One value for `_see`; as an inner function it would keep the tensors until the next garbage collection."""
     kind = type(value)
     if kind in _PLAIN_TENSORS:
         tensors.append(value)
@@ -387,7 +413,7 @@ def _describe(value: Any, about: list[Any], tensors: list[torch.Tensor]) -> None
         if type(value._local_tensor) is not torch.Tensor:
             raise TypeError
         tensors.append(value)
-        about.append((value.device_mesh, value.placements, value.shape))
+        about.append(DTensor)
     elif isinstance(value, torch.Tensor):
         raise TypeError
     elif isinstance(value, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -410,6 +411,23 @@ def test_what_is_known_of_one_state_is_never_said_of_another(first):
         assert all(same_bits(again.tensors[key], tensor) for key, tensor in alone.tensors.items())
         expected = [(name, tensor.data_ptr()) for name, tensor in writer.watched(alone)]
         assert [(name, tensor.data_ptr()) for name, tensor in writer.watched(again)] == expected
+
+
+def test_looking_at_many_tensors_again_makes_no_objects_for_the_garbage_collector():
+    writer = DCP().writer()
+    state = {"model": {f"{n}": torch.zeros(2) for n in range(500)}}
+    writer.take(state, 0)
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        taken = writer.take(state, 0)
+        made = gc.get_count()[0] - before
+    finally:
+        gc.enable()
+
+    assert len(taken.tensors) == 500
+    assert made < 100
 
 
 def test_a_state_of_the_same_shape_is_not_planned_anew(monkeypatch):
