@@ -8,7 +8,7 @@ which ``save`` begins, on the training thread; a *round* is what the finalizer t
 go, every rank's report, the outcome. Both are also measured in CPU time of rank 0, which tells what it would cost
 where every rank had a core of its own: the seconds here are of many processes that wait for few cores. Gloo connects
 all ranks of a group with each other, unless ``TORCH_GLOO_LAZY_INIT=1`` lets it wait until they speak: *descriptors*
-are the open ones of a process with a manager, and the training's group beside.
+are those that a manager has opened.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def _rounds(ranks: Ranks) -> Callable[[int], None]:
     return one
 
 
+def _open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def _rank(rank: int, world_size: int, port: int, saves: int, folder: str, into: Any) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -77,6 +81,7 @@ def _rank(rank: int, world_size: int, port: int, saves: int, folder: str, into: 
     found["round_ms"], found["round_cpu_ms"] = _median_ms(5 * saves, _rounds(ranks))
     ranks.close()
     state = {"t": torch.zeros(1024)}
+    before = _open_descriptors()
     stalls = []
     with CheckpointManager(Path(folder, "run"), [Series("c", DCP(), keep=KeepLast(1))], timeouts=timeouts) as manager:
 
@@ -89,12 +94,12 @@ def _rank(rank: int, world_size: int, port: int, saves: int, folder: str, into: 
 
         save(0)
         found["commit_ms"], _ = _median_ms(saves, lambda number: save(number + 1))
-        open_now = len(list(Path("/proc/self/fd").iterdir()))
+        descriptors = _open_descriptors() - before
     found["stall_ms"] = 1e3 * statistics.median(stalls[1:])
-    descriptors: list[Any] = [None] * world_size
-    dist.all_gather_object(descriptors, open_now)
+    opened: list[Any] = [None] * world_size
+    dist.all_gather_object(opened, descriptors)
     if rank == 0:
-        into.send(found | {"descriptors": descriptors[0], "descriptors_of_last": descriptors[-1]})
+        into.send(found | {"descriptors": opened[0], "descriptors_of_last": opened[-1]})
     dist.barrier()
     os._exit(0)
 
@@ -124,7 +129,8 @@ def main() -> None:
             found = ours.recv()
             for process in processes:
                 process.join()
-        print(f"| {world_size} | {' | '.join(f'{found[column]:.2f}' for column in _COLUMNS)} |", flush=True)
+        cells = [f"{value:.2f}" if isinstance(value := found[column], float) else str(value) for column in _COLUMNS]
+        print(f"| {world_size} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
