@@ -92,7 +92,8 @@ class Capture:
         places = ranks.gather(place)
         if places is not None:
             writer.accept_layouts(places)
-        self._frame = FRAME + max(extra for (extra,) in ranks.agree([writer.report_bytes(taken)]))
+        _, (extra,) = ranks.agree([writer.report_bytes(taken)])
+        self._frame = FRAME + extra
         self._signature = taken.signature
 
     def warm_up(self, taken: Any) -> None:

@@ -263,16 +263,17 @@ class CheckpointManager:
             taken, error = capture.take(state)
         changed = taken is None or not capture.is_planned(taken)
         word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite) if error is None else _GO
-        rows = self._meet("save", self._call(series, step, overwrite), error, extra=(changed, self._ranks.broken, word))
-        self._obey(rows[0][2], series, step, previous)
-        if rows[0][2] == _SKIP:
+        call = self._call(series, step, overwrite)
+        anew, broken, word = self._meet("save", call, error, extra=(changed, self._ranks.broken, word))
+        self._obey(word, series, step, previous)
+        if word == _SKIP:
             return None
         if previous is not None:
             self._settle(previous)
-        if any(broken for _, broken, _ in rows):
+        if broken:
             self._rebuild()
         self._finish_reading()
-        if any(changed for changed, _, _ in rows):
+        if anew:
             capture.plan(taken)
         self._number += 1
         job = capture.job(
@@ -608,12 +609,12 @@ class CheckpointManager:
 
     def _meet(
         self, call: str, arguments: Sequence[int], error: Exception | None, *, extra: Sequence[int] = ()
-    ) -> list[list[int]]:
+    ) -> list[int]:
         """
         Begin a call together: all ranks make the same one, with the same arguments, or all raise. All ranks must call.
 
         Returns:
-            Every rank's *extra* integers.
+            The highest of every rank's *extra* integers.
 
         Raises:
             RanksDisagree: The ranks called different things.
@@ -621,17 +622,18 @@ class CheckpointManager:
         """
         calls = list(_CALLS)
         mine = [calls.index(call), error is not None, len(extra), *extra, *arguments]
-        rows = self._ranks.agree([int(value) for value in (*mine, *[0] * (_ROW - len(mine)))])
-        if len({row[0] for row in rows}) > 1:
-            made = tuple(calls[row[0]] for row in rows)
+        row = [int(value) for value in (*mine, *[0] * (_ROW - len(mine)))]
+        lowest, highest = self._ranks.agree(row)
+        if lowest[0] != highest[0]:
+            made = tuple(calls[one[0]] for one in self._ranks.rows(row))
             raise RanksDisagree(f"the ranks make different calls: {', '.join(made)}", what="call", values=made)
-        if any(row[1] for row in rows):
+        if highest[1]:
             self._ranks.all_or_none(error, call)
-        given = [tuple(row[3 + row[2] :]) for row in rows]
-        if len(set(given)) > 1:
-            values = tuple(self._spelled(call, *one) for one in given)
+        given = 3 + len(extra)
+        if lowest[given:] != highest[given:]:
+            values = tuple(self._spelled(call, *one[given:]) for one in self._ranks.rows(row))
             raise RanksDisagree(f"the ranks call {call} with different arguments", what=call, values=values)
-        return [row[3 : 3 + row[2]] for row in rows]
+        return highest[3:given]
 
     def _call(self, series: str, step: int | None = None, *options: object) -> list[int]:
         """A call's arguments as the ranks compare them; 0 stands for one that is missing, or wrong on this rank."""
@@ -710,7 +712,7 @@ class CheckpointManager:
         warnings.warn(str(failures[0]), RuntimeWarning, stacklevel=3)
 
     def _rank_0_word(self, series: str, step: int, previous: Job | None, busy: WhenBusy, *, overwrite: bool) -> int:
-        """What rank 0 says to this save; the other ranks' word does not count."""
+        """What rank 0 says to this save; the other ranks have no word, which is the lowest."""
         if self._leader is None:
             return _GO
         if previous is not None and not previous.settled.is_set():

@@ -95,10 +95,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as the text of ``ckptmgr.json``, the same text for the same manifest."""
-        body = dataclasses.asdict(self)
-        body["format"] = self.format.value
-        body["files"] = [dataclasses.asdict(f) for f in sorted(self.files, key=lambda f: f.path)]
-        return json.dumps({"format_version": FORMAT_VERSION, **body}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        # Not `asdict`, which copies every file deeply: there may be as many as ranks.
+        body = {
+            **vars(self), "format_version": FORMAT_VERSION, "format": self.format.value,
+            "files": [vars(entry) for entry in sorted(self.files, key=lambda entry: entry.path)],
+            "metrics": dict(self.metrics), "versions": dict(self.versions),
+        }  # fmt: skip
+        return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | Buffer, *, where: str = MANIFEST_NAME) -> Manifest:

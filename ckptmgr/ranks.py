@@ -67,13 +67,28 @@ class Ranks:
 
     # -- on the training thread, all ranks together ----------------------------------------------
 
-    def agree(self, values: Sequence[int]) -> list[list[int]]:
+    def agree(self, values: Sequence[int]) -> tuple[list[int], list[int]]:
         """
-        Every rank's integers, on every rank. All ranks must call, with the same number of values.
+        The lowest and the highest of every rank's integers, on every rank. All ranks must call, with as many values.
+
+        A training waits for this at every save. What goes around all ranks, as Gloo's all-gather does, takes as many
+        steps as there are ranks; rank 0's answer goes down a tree.
 
         Raises:
             RanksDisagree: A rank did not arrive in time.
         """
+        if self.world_size == 1:
+            return list(values), list(values)
+        everyone = torch.tensor([values] * (self.world_size if self.rank == 0 else 1), dtype=torch.int64)
+        into = list(everyone) if self.rank == 0 else None
+        self._meet(lambda: dist.gather(everyone[0].clone(), into, dst=0, group=self._calls))
+        extremes = torch.stack([everyone.amin(0), everyone.amax(0)])
+        self._meet(lambda: dist.broadcast(extremes, src=0, group=self._calls))
+        lowest, highest = extremes.tolist()
+        return lowest, highest
+
+    def rows(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's integers, on every rank. All ranks must call, with as many values."""
         if self.world_size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
@@ -121,8 +136,8 @@ class Ranks:
             if isinstance(error, CheckpointError) and type(error) is not CheckpointError:
                 raise error
             raise _setup_failed(what, [RankFailure(0, self.host, _words(error))]) from error
-        codes = self.agree([int(error is not None)])
-        if not any(code for (code,) in codes):
+        _, (is_any,) = self.agree([int(error is not None)])
+        if not is_any:
             return
         errors = self.broadcast(self.gather(_portable(error)))
         failed = {rank: e for rank, e in enumerate(errors) if e is not None}

@@ -62,7 +62,8 @@ def together(
             meanwhile()
         while True:
             done.wait(meet_every_s)
-            if all(is_done for (is_done,) in ranks.agree([done.is_set()])):
+            (are_all_done,), _ = ranks.agree([done.is_set()])
+            if are_all_done:
                 break
     finally:
         enough.set()

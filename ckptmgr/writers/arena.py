@@ -117,6 +117,7 @@ class Arena:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._layout: Layout | None = None
         self._views: list[torch.Tensor] = []
+        self._is_small: list[bool] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._batches: tuple[torch.device, list[int], list[Batch]] | None = None
         self._tried_to_pin = self._pinned = False
@@ -159,6 +160,7 @@ class Arena:
             self._bytes[copy.offset : copy.offset + copy.nbytes].view(copy.dtype).view(copy.shape)
             for copy in layout.copies
         ]
+        self._is_small = [copy.nbytes <= SMALL_BYTES for copy in layout.copies]
         self._layout = layout
 
     def capture(self, sources: Mapping[object, torch.Tensor]) -> None:
@@ -187,19 +189,19 @@ class Arena:
         queued = {device: torch.cuda.current_stream(device).record_event() for device in on if device.type == "cuda"}
         if queued:
             self.pin()
-        views, copies = self._views, self._layout.copies
+        views, copies, is_small = self._views, self._layout.copies, self._is_small
 
         @torch.no_grad()
         def copy_all() -> None:
             here = [index for device in on if device not in queued for index in on[device]]
             # The small ones first: they may stand between others that come from the GPU together.
-            _copy_here([(views[index], found[index]) for index in here if copies[index].nbytes <= SMALL_BYTES])
+            _copy_here(views, copies, found, [index for index in here if is_small[index]])
             try:
                 events = [
                     self._copy_from_gpu(device, event, on[device], found, is_alone=len(queued) == 1)
                     for device, event in queued.items()
                 ]
-                _copy_here([(views[index], found[index]) for index in here if copies[index].nbytes > SMALL_BYTES])
+                _copy_here(views, copies, found, [index for index in here if not is_small[index]])
                 for event in events:
                     event.synchronize()
             except BaseException:
@@ -305,16 +307,16 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _copy_here(pairs: _Pairs) -> None:
-    plain: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for view, source in pairs:
-        if source.dtype == view.dtype and source.device.type == "cpu":
-            plain[0].append(view)
-            plain[1].append(source)
-        else:
-            view.copy_(source)
-    if plain[0]:
-        torch._foreach_copy_(*plain)
+def _copy_here(
+    views: Sequence[torch.Tensor], copies: Sequence[Copy], found: Sequence[torch.Tensor], indexes: Sequence[int]
+) -> None:
+    """Copy those at *indexes*, which no GPU copies by itself; all that need nothing but a copy go in one call."""
+    plain = [index for index in indexes if found[index].is_cpu and found[index].dtype == copies[index].dtype]
+    if plain:
+        torch._foreach_copy_([views[index] for index in plain], [found[index] for index in plain])
+    if len(plain) < len(indexes):
+        for index in set(indexes).difference(plain):
+            views[index].copy_(found[index])
 
 
 def batches(copies: Sequence[Copy], indexes: Sequence[int], buffer: torch.Tensor) -> list[Batch]:

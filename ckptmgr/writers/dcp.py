@@ -41,6 +41,8 @@ from ckptmgr.writers.templates import template
 
 log = logging.getLogger("ckptmgr")
 
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+
 
 @dataclasses.dataclass(frozen=True)
 class DCP:
@@ -61,13 +63,15 @@ class Taken:
     """
     One rank's state at one save: PyTorch's local plan and what it refers to. No tensor is copied yet.
 
+    *tensors* are what this rank stores, by the keys of the layout's copies, *watched* the state's own, with *names*.
     ``per_rank_names`` are those of the per-rank state that binds the checkpoint to its number of ranks.
     """
 
     plan: SavePlan
     in_pieces: frozenset[str]
     tensors: dict[object, torch.Tensor]
-    watched: list[tuple[str, torch.Tensor]]
+    watched: list[torch.Tensor]
+    names: list[str]
     objects: dict[MetadataIndex, bytes]
     per_rank: bytes | None
     per_rank_names: tuple[str, ...]
@@ -76,21 +80,48 @@ class Taken:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Seen:
+    """
+    A state as it is quickly compared: its *tensors* in the order in which PyTorch finds them, and all else.
+
+    *parts* are what this rank has of each tensor, *shape* is everything besides tensors that planning depends on.
+    """
+
+    shape: list[Any]
+    tensors: list[torch.Tensor]
+    parts: list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Known:
     """
     What planning found out about a state of one *shape*; it holds for every state of that shape.
 
-    *in_pieces* are the tensors of which this rank has several pieces, *names* are of all tensors in the order
-    of the state, *values* say where everything else stands.
+    *parts* are `_about_part` of what this rank has of each tensor and *wholes* `_about_whole` of each DTensor,
+    *in_pieces* the tensors of which it has several pieces, *names* those of all tensors in the order of the state;
+    *values* say where everything else stands.
     """
 
     shape: list[Any] | None
+    wholes: list[Any]
+    parts: list[Any]
     plan: SavePlan
     in_pieces: frozenset[str]
     names: list[str]
     values: list[tuple[MetadataIndex, tuple[Any, ...]]]
     mappings: Mappings
     signature: bytes
+
+    def is_of(self, seen: _Seen) -> bool:
+        """
+        Whether it holds for the state that was *seen*.
+
+        Tensors are compared one by one: in a list, what there is to compare would look like many objects that stay,
+        and every few saves Python's garbage collector would go through all that the training has.
+        """
+        if self.shape != seen.shape or not all(map(operator.eq, self.parts, map(_about_part, seen.parts))):
+            return False
+        return not self.wholes or all(map(operator.eq, self.wholes, map(_about_whole, _sharded(seen.tensors))))
 
 
 class DCPWriter:
@@ -104,12 +135,14 @@ class DCPWriter:
     kind = Format.DCP
 
     def __init__(self) -> None:
-        self._mine: SavePlan | None = None
+        self._own_values: list[MetadataIndex] | None = None
         self._known: _Known | None = None
         self._in_pieces: frozenset[str] = frozenset()
         self._metadata: Metadata | None = None
         self._tensor_places: dict[MetadataIndex, _StorageInfo] = {}
         self._objects_of: list[list[MetadataIndex]] = []
+        #: The lengths of every rank's values at the last save, and the bytes of ``.metadata`` with them in.
+        self._concluded: tuple[list[list[int]], bytes] | None = None
 
     def take(self, state: states.State, rank: int) -> Taken:
         """
@@ -121,17 +154,15 @@ class DCPWriter:
         shared, per_rank = states.split(state)
         state_dicts = states.take(shared)
         strict = {name for name, value in shared.items() if isinstance(value, torch.nn.Module | torch.optim.Optimizer)}
-        tensors: list[torch.Tensor] = []
-        shape = _shape([sorted(strict), sorted(per_rank)], state_dicts, tensors)
+        seen = _see([sorted(strict), sorted(per_rank)], state_dicts)
         known = self._known
         found: dict[object, torch.Tensor]
-        if known is not None and shape is not None and known.shape == shape:
-            watched = list(zip(known.names, tensors, strict=True))
-            found = {name: tensor._local_tensor if type(tensor) is DTensor else tensor for name, tensor in watched}
+        if known is not None and seen is not None and known.is_of(seen):
+            found, watched = dict(zip(known.names, seen.parts, strict=True)), seen.tensors
         else:
             self._known = None
-            known, found, watched = _look(state_dicts, strict, per_rank, rank, shape)
-            if shape is not None:
+            known, found, watched = _look(state_dicts, strict, per_rank, rank, seen)
+            if seen is not None:
                 self._known = known
         objects = {
             index: states.dump(functools.reduce(operator.getitem, path, state_dicts), f"state {index.fqn!r}")
@@ -140,7 +171,10 @@ class DCPWriter:
         own = {name: value.take() for name, value in per_rank.items()}
         blob = states.dump(own, "per-rank state") if own else None
         bound = tuple(sorted(name for name, value in per_rank.items() if value.when_resized == "refuse"))
-        return Taken(known.plan, known.in_pieces, found, watched, objects, blob, bound, known.mappings, known.signature)
+        return Taken(
+            known.plan, known.in_pieces, found, watched, known.names, objects, blob, bound, known.mappings,
+            known.signature,
+        )  # fmt: skip
 
     def local_plan(self, taken: Taken) -> tuple[SavePlan, dict[MetadataIndex, bytes]]:
         """What rank 0 must know of this rank to plan: PyTorch's plan, and a digest of each value."""
@@ -179,7 +213,7 @@ class DCPWriter:
         Returns:
             The layout, and what rank 0 must know of it: where each piece stands in ``__R_0.distcp``.
         """
-        self._mine = mine
+        self._own_values = [item.index for item in mine.items if item.type is WriteItemType.BYTE_IO]
         name = f"__{rank}_0.distcp"
         constants: list[tuple[int, bytes]] = []
         copies: list[Copy] = []
@@ -207,13 +241,14 @@ class DCPWriter:
 
     def accept_layouts(self, places: Sequence[Any]) -> None:
         """Rank 0 only: remember where every rank's pieces stand."""
+        self._concluded = None
         self._tensor_places = dict(pair for of_rank in places for pair in of_rank)
 
     def report_bytes(self, taken: Taken) -> int:
         """How many bytes this rank's report on a save takes beyond a plain answer: the length of each value."""
         del taken
-        assert self._mine is not None
-        return 16 * len(self._mine.items)
+        assert self._own_values is not None
+        return 16 * len(self._own_values)
 
     def sources(self, taken: Taken) -> dict[object, torch.Tensor]:
         """The tensors to capture, by the keys of the layout's copies."""
@@ -221,7 +256,7 @@ class DCPWriter:
 
     def watched(self, taken: Taken) -> list[tuple[str, torch.Tensor]]:
         """The state's own tensors, by name: an update of a DTensor leaves the version of its local part alone."""
-        return taken.watched
+        return list(zip(taken.names, taken.watched, strict=True))
 
     def small_files(self, taken: Taken, rank: int) -> tuple[list[FileJob], Any]:
         """
@@ -230,9 +265,9 @@ class DCPWriter:
         Returns:
             The files, and for rank 0 the lengths in bytes of this rank's values in plan order.
         """
-        assert self._mine is not None
+        assert self._own_values is not None
         files = []
-        blobs = [taken.objects[item.index] for item in self._mine.items if item.type is WriteItemType.BYTE_IO]
+        blobs = [taken.objects[index] for index in self._own_values]
         if blobs:
             data = b"".join(blobs)
             files.append(FileJob(f"__{rank}_1.distcp", len(data), own=True, data=data))
@@ -253,10 +288,22 @@ class DCPWriter:
         return []
 
     def conclude(self, reports: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
-        """Rank 0 only: the files that need every rank's report, here ``.metadata``."""
+        """
+        Rank 0 only: the files that need every rank's report, here ``.metadata``.
+
+        Of what is in it only the lengths of values differ between saves of one plan, and pickling many thousand
+        tensors takes longer than writing them, so it is pickled anew only where a length has changed.
+        """
+        lengths_of = [list(lengths) for lengths in reports]
+        if self._concluded is None or self._concluded[0] != lengths_of:
+            self._concluded = (lengths_of, self._pickled_index(lengths_of))
+        yield INDEX_NAME, self._concluded[1]
+
+    def _pickled_index(self, lengths_of: Sequence[Sequence[int]]) -> bytes:
+        """``.metadata``, with *lengths_of* every rank's values."""
         assert self._metadata is not None
         places = dict(self._tensor_places)
-        for rank, (indexes, lengths) in enumerate(zip(self._objects_of, reports, strict=True)):
+        for rank, (indexes, lengths) in enumerate(zip(self._objects_of, lengths_of, strict=True)):
             offset = 0
             for index, length in zip(indexes, lengths, strict=True):
                 places[index] = _StorageInfo(f"__{rank}_1.distcp", offset, length)
@@ -264,12 +311,12 @@ class DCPWriter:
         metadata = dataclasses.replace(
             self._metadata, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
         )
-        yield INDEX_NAME, pickle.dumps(metadata)
+        return pickle.dumps(metadata)
 
 
 def _look(
-    state_dicts: dict[str, Any], strict: set[str], names_per_rank: Iterable[str], rank: int, shape: Any
-) -> tuple[_Known, dict[object, torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    state_dicts: dict[str, Any], strict: set[str], names_per_rank: Iterable[str], rank: int, seen: _Seen | None
+) -> tuple[_Known, dict[object, torch.Tensor], list[torch.Tensor]]:
     """What is known of a state from now on, its tensors by the keys of copies, and as they are to be watched."""
     planner = DefaultSavePlanner()
     try:
@@ -290,13 +337,17 @@ def _look(
     mappings = Mappings.of({name: below for name, below in state_dicts.items() if name not in strict})
     others = [item.index for item in plan.items if item.type is WriteItemType.BYTE_IO]
     values = list(zip(others, _own_keys(state_dicts, [planner.mappings[index.fqn] for index in others]), strict=True))
-    watched = [(name, value) for name, value in planner.state_dict.items() if isinstance(value, torch.Tensor)]
+    watched = {name: value for name, value in planner.state_dict.items() if isinstance(value, torch.Tensor)}
     pieces = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
     counts = Counter(item.index.fqn for item in pieces)
     in_pieces = frozenset(name for name, count in counts.items() if count > 1)
     tensors = {_key(item.index, in_pieces): _local(planner.resolve_data(item)) for item in pieces}
-    known = _Known(shape, plan, in_pieces, [name for name, _ in watched], values, mappings, digest.digest())
-    return known, tensors, watched
+    alike: dict[Any, Any] = {}
+    parts = [alike.setdefault(one, one) for one in map(_about_part, seen.parts if seen is not None else ())]
+    wholes = list(map(_about_whole, _sharded(watched.values())))
+    shape = seen.shape if seen is not None else None
+    known = _Known(shape, wholes, parts, plan, in_pieces, list(watched), values, mappings, digest.digest())
+    return known, tensors, list(watched.values())
 
 
 def _own_keys(state_dicts: Mapping[str, Any], paths: Iterable[KeyPath]) -> Iterator[tuple[Any, ...]]:
@@ -319,40 +370,47 @@ def _key(index: MetadataIndex, in_pieces: Collection[str]) -> object:
     return index if index.fqn in in_pieces else index.fqn
 
 
-def _shape(about: list[Any], state_dicts: Mapping[str, Any], tensors: list[torch.Tensor]) -> list[Any] | None:
-    """
-    All of a state that planning depends on, in a form that is quickly compared; None if that cannot be told.
+#: What planning depends on in a dense tensor (whether it is quantized, its dtype says), and in a DTensor besides.
+_about_part = operator.attrgetter("dtype", "shape", "layout", "is_meta")
+_about_whole = operator.attrgetter("device_mesh", "placements", "shape")
 
-    Its tensors are appended to *tensors*, in the order in which PyTorch finds them.
-    """
 
+def _sharded(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (tensor for tensor in tensors if type(tensor) is DTensor)
+
+
+def _see(about: list[Any], state_dicts: Mapping[str, Any]) -> _Seen | None:
+    """A state, and what else is *about* it, to be compared; None if it cannot be told what planning depends on."""
+    tensors: list[torch.Tensor] = []
     try:
         _describe(state_dicts, about, tensors)
     except (TypeError, RecursionError):
         return None
-    return about
+    return _Seen(about, tensors, [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors])
 
 
 def _describe(value: Any, about: list[Any], tensors: list[torch.Tensor]) -> None:
-    """One value for `_shape`; as an inner function it would keep the tensors until the next garbage collection."""
+    """One value for `_see`; as an inner function it would keep the tensors until the next garbage collection."""
     kind = type(value)
-    if kind in (torch.Tensor, torch.nn.Parameter):
+    if kind in _PLAIN_TENSORS:
         tensors.append(value)
-        about.append((value.dtype, value.shape, value.layout, value.is_meta, value.is_quantized))
+        about.append(torch.Tensor)
     elif kind is DTensor:
-        local = value._local_tensor
-        if type(local) is not torch.Tensor:
+        if type(value._local_tensor) is not torch.Tensor:
             raise TypeError
         tensors.append(value)
-        about.append((value.device_mesh, value.placements, value.shape, local.dtype, local.shape, local.layout))
-        about.append((local.is_meta, local.is_quantized))
+        about.append(DTensor)
     elif isinstance(value, torch.Tensor):
         raise TypeError
     elif isinstance(value, Mapping):
         keys = tuple(value)
         about.append((keys, tuple(map(type, keys))))
-        for below in value.values():
-            _describe(below, about, tensors)
+        if _PLAIN_TENSORS.issuperset(map(type, value.values())):
+            about.append(_PLAIN_TENSORS)
+            tensors.extend(value.values())
+        else:
+            for below in value.values():
+                _describe(below, about, tensors)
     elif isinstance(value, list) and any(isinstance(below, torch.Tensor | Mapping | list) for below in value):
         about.append(len(value))
         for below in value:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,17 @@ def test_ckptmgr_the_floor_and_dcp_save_are_measured_and_a_peer_that_cannot_be_h
     assert verdict(figures, "T17", "tensors that come back changed").word == "met"
     if "problem" in results.about("train", "orbax"):
         assert "orbax" in render.report(figures)
+
+
+# --- ranks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_a_save_costs_by_the_number_of_ranks_is_a_row_for_each(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "tools" / "bench" / "scaling.py"
+    command = [sys.executable, str(script), "--ranks", "1", "2", "--saves", "1", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    head, _, *rows = ended.stdout.splitlines()
+
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2"]
+    assert {len(row.split(" | ")) for row in [head, *rows]} == {9}

@@ -148,6 +148,44 @@ def test_every_placement_comes_back_on_the_same_ranks_on_fewer_and_in_plain_file
         run_on_ranks(world_size, _resume_zoo, tmp_path)
 
 
+def _alike(here: Here) -> list[dict[str, Any]]:
+    """States of which every rank has parts of one shape, but parts of different wholes, or under another name."""
+    ranks = list(range(here.world_size))
+    part = torch.arange(4.0).reshape(2, 2) + 4 * here.rank
+    rows, columns, turned = (
+        DTensor.from_local(part, DeviceMesh("cpu", order), placements, run_check=False)
+        for order, placements in ((ranks, [Shard(0)]), (ranks, [Shard(1)]), (ranks[::-1], [Shard(1)]))
+    )
+    return [{"a": whole, "b": 1} for whole in (rows, columns, turned)] + [{"a": 1, "b": turned}]
+
+
+def _save_alike(here: Here) -> None:
+    with manager_on(here) as manager:
+        for number, state in enumerate(_alike(here)):
+            for step in (2 * number, 2 * number + 1):
+                pending = manager.save(step, state)
+                assert pending is not None
+                pending.wait()
+
+
+def test_parts_of_one_shape_are_planned_anew_when_they_are_parts_of_another_whole(tmp_path: Path) -> None:
+    run_on_ranks(2, _save_alike, tmp_path)
+    first, second = torch.arange(4.0).reshape(2, 2), torch.arange(4.0, 8.0).reshape(2, 2)
+    rows, columns, turned = torch.cat([first, second]), torch.cat([first, second], 1), torch.cat([second, first], 1)
+    expected = [{"a": rows, "b": 1}, {"a": columns, "b": 1}, {"a": turned, "b": 1}, {"a": 1, "b": turned}]
+    for step in range(2 * len(expected)):
+        state = expected[step // 2]
+        target = {
+            key: torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0 for key, value in state.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process
+            dcp.load(target, checkpoint_id=tmp_path / "run" / "checkpoint" / f"step-{step}", no_dist=True)
+
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(target[key]), torch.as_tensor(value))
+
+
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -195,6 +196,51 @@ def test_a_state_whose_shapes_change_is_laid_out_anew(rank, tmp_path):
         assert torch.equal(target["v"], torch.ones(size, 2, dtype=torch.int8))
 
 
+def index_of(writers: list[Any], states: list[dict[str, Any]], *, plan: bool) -> bytes:
+    """The bytes of ``.metadata``, the states of several ranks being saved."""
+    taken = [writer.take(state, rank) for rank, (writer, state) in enumerate(zip(writers, states, strict=True))]
+    if plan:
+        plans = writers[0].plan_globally([one.local_plan(its) for one, its in zip(writers, taken, strict=True)])
+        laid = [one.lay_out(mine, rank) for rank, (one, mine) in enumerate(zip(writers, plans, strict=True))]
+        writers[0].accept_layouts([places for _, places in laid])
+    reports = [one.small_files(its, rank)[1] for rank, (one, its) in enumerate(zip(writers, taken, strict=True))]
+    ((name, data),) = writers[0].conclude(reports)
+    assert name == ".metadata"
+    return bytes(data)
+
+
+def test_the_index_changes_with_the_length_of_a_value_of_any_rank_and_with_the_plan():
+    def states(text: str, other: str, size: int) -> list[dict[str, Any]]:
+        return [{"w": torch.zeros(size), "text": text}, {"v": torch.zeros(1), "other": other, "last": 1}]
+
+    writers = [DCP().writer() for _ in range(2)]
+    planned = index_of(writers, states("a", "b", 3), plan=True)
+    for text, other, size, plan in [
+        ("b", "c", 3, False),
+        ("b" * 500, "c", 3, False),
+        ("b" * 500, "c" * 500, 3, False),
+        ("b", "c" * 500, 3, False),
+        ("a", "b", 3, False),
+        ("a", "b", 4, True),
+    ]:
+        found = index_of(writers, states(text, other, size), plan=plan)
+        # As whoever has saved nothing before writes it.
+        alone = index_of([DCP().writer() for _ in range(2)], states(text, other, size), plan=True)
+
+        assert found == alone
+        assert (found == planned) == (len(text) + len(other) + size == 5)
+
+
+def test_an_index_whose_lengths_are_known_is_not_pickled_anew(rank, tmp_path, monkeypatch):
+    rank.save({"w": torch.zeros(2), "text": "a"}, tmp_path / "1")
+    monkeypatch.setattr(rank.writer, "_pickled_index", lambda _: pytest.fail("pickled anew"))
+    rank.save({"w": torch.ones(2), "text": "b"}, tmp_path / "2")
+    target = stock_load({"w": torch.empty(2), "text": ""}, tmp_path / "2")
+
+    assert (target["w"].tolist(), target["text"]) == ([1.0, 1.0], "b")
+    assert (tmp_path / "1" / ".metadata").read_bytes() == (tmp_path / "2" / ".metadata").read_bytes()
+
+
 def test_a_state_without_a_tensor_can_be_saved(rank, tmp_path):
     rank.save({"step": 3}, tmp_path)
     plain = read(tmp_path, {"step": 0})
@@ -339,10 +385,17 @@ def _states_that_follow_each_other() -> list[dict[str, Any]]:
         {"a": parameter, "m": torch.nn.Linear(2, 2)},
         {"a": parameter.data, "m": torch.nn.Linear(2, 2).state_dict()},
         {"a": "a", "m": torch.nn.Linear(2, 2)},
+        {"n": {"x": torch.zeros(2), "y": torch.ones(2)}, "z": 1},
+        {"n": {"y": torch.zeros(2), "x": torch.ones(2)}, "z": 1},
+        {"n": {"x": torch.zeros(2), "y": 1}, "z": torch.ones(2)},
+        {"n": {"x": torch.zeros(2), "y": torch.ones(2)}, "m": {"x": torch.zeros(2), "y": torch.ones(2)}},
+        {"n": {"x": torch.ones(2), "y": torch.zeros(2, 1)}, "m": {"x": torch.zeros(2), "y": torch.ones(2)}},
+        {"n": {"x": {"x": torch.zeros(2), "y": torch.ones(2)}, "y": 1}, "m": 2},
+        {"n": {"x": torch.zeros(2), "y": torch.ones(2)}, "m": {"x": 1, "y": 2}},
     ]
 
 
-@pytest.mark.parametrize("first", range(12))
+@pytest.mark.parametrize("first", range(19))
 def test_what_is_known_of_one_state_is_never_said_of_another(first):
     """Whatever was saved before, a state is taken as if it were the first."""
     states = _states_that_follow_each_other()
@@ -356,7 +409,25 @@ def test_what_is_known_of_one_state_is_never_said_of_another(first):
         assert (again.objects, again.per_rank, again.mappings) == (alone.objects, alone.per_rank, alone.mappings)
         assert again.tensors.keys() == alone.tensors.keys()
         assert all(same_bits(again.tensors[key], tensor) for key, tensor in alone.tensors.items())
-        assert [name for name, _ in again.watched] == [name for name, _ in alone.watched]
+        expected = [(name, tensor.data_ptr()) for name, tensor in writer.watched(alone)]
+        assert [(name, tensor.data_ptr()) for name, tensor in writer.watched(again)] == expected
+
+
+def test_looking_at_many_tensors_again_makes_no_objects_for_the_garbage_collector():
+    writer = DCP().writer()
+    state = {"model": {f"{n}": torch.zeros(2) for n in range(500)}}
+    writer.take(state, 0)
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        taken = writer.take(state, 0)
+        made = gc.get_count()[0] - before
+    finally:
+        gc.enable()
+
+    assert len(taken.tensors) == 500
+    assert made < 100
 
 
 def test_a_state_of_the_same_shape_is_not_planned_anew(monkeypatch):
