@@ -57,6 +57,7 @@ from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series, by_name
 from ckptmgr.writers import dcp
+from ckptmgr.writers.arena import available_bytes
 from ckptmgr.writers.state import split
 
 log = logging.getLogger("ckptmgr")
@@ -368,6 +369,9 @@ class CheckpointManager:
         committed: each file is read once, by one of the ranks. Tensors are resharded to how *state* is
         sharded now.
 
+        Then the memory of the next save is made in the background, as much as this checkpoint took, unless
+        that is more than half of what this host has to spare.
+
         Args:
             state: As given to ``save``, or less. Plain values are put back into it if it is mutable.
             step: A certain step instead of the newest.
@@ -439,7 +443,25 @@ class CheckpointManager:
         self._ranks.all_or_none(error, f"loading {resumed.path}")
         if isinstance(state, MutableMapping):
             state.update(plain)
+        self._warm_up_later(self._captures[series], files, same_world=same_world)
         return resumed
+
+    def _warm_up_later(self, capture: Capture, files: Mapping[str, int], *, same_world: bool) -> None:
+        """
+        Have memory ready for the next save: as much as the checkpoint took that was loaded, whose *files* these are.
+
+        Nobody has asked for it, so it calls no object of the user's and no other rank, leaves memory to others,
+        and is no error where it cannot be done.
+        """
+        ranks = self._ranks
+        try:
+            size = dcp.arena_bytes(files, ranks.rank, world_size=ranks.world_size, same_world=same_world)
+            if size <= available_bytes() // (2 * ranks.on_this_host):
+                capture.arena.warm_up_later(size)
+            else:
+                log.info("the first save makes its memory: %d bytes are more than half of what there is", size)
+        except Exception:
+            log.exception("the first save makes its memory: it could not be made in advance")
 
     # -- closing --------------------------------------------------------------------------------
 

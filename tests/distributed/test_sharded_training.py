@@ -288,6 +288,35 @@ def test_checkpoints_and_exports_of_one_run_do_not_mix(tmp_path: Path) -> None:
     run_on_ranks(2, _save_alike, tmp_path)
 
 
+def _warmed_by_resuming(here: Here, step: int) -> list[int]:
+    """The arena of this rank before the first save of a start that resumes, if it can, and after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (here.world_size,))
+    state = {"t": distribute_tensor(torch.ones(5 << 10, 8), mesh, [Shard(0)]), "same": torch.ones(7 << 10), "n": step}
+    with manager_on(here) as manager:
+        manager.resume(state)
+        arena = manager._captures["checkpoint"].arena
+        before = arena.size
+        pending = manager.save(step, state)
+        assert pending is not None
+        pending.wait()
+        return [before, arena.size, arena.generation]
+
+
+def test_every_rank_makes_memory_for_its_own_part_after_resuming(tmp_path: Path) -> None:
+    """As much as it took where the number of ranks is the same, else its share."""
+    first = run_on_ranks(2, _warmed_by_resuming, tmp_path, step=1)
+    assert [before for before, _, _ in first] == [0, 0]
+    sizes = [after for _, after, _ in first]
+    assert sizes[0] != sizes[1]
+    again = run_on_ranks(2, _warmed_by_resuming, tmp_path, step=2)
+    assert again == [[size, size, 1] for size in sizes]
+    ((alone, _, _),) = run_on_ranks(1, _warmed_by_resuming, tmp_path, distributed=True, step=3)
+    assert alone == sum(sizes)
+
+
 @on_ranks(1, distributed=True)
 def test_a_process_group_of_one_rank_is_one_rank(here: Here) -> None:
     model, other = sharded(mixture_of_experts(0)), sharded(mixture_of_experts(1))
