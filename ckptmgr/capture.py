@@ -9,9 +9,10 @@ it overlaps with training, read by a thread of its own: see `writers.reading`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.commit import Job
@@ -19,12 +20,33 @@ from ckptmgr.errors import CheckpointError, InvalidArgument
 from ckptmgr.ranks import FRAME, Ranks
 from ckptmgr.series import Series
 from ckptmgr.writers.arena import Arena
+from ckptmgr.writers.huggingface import HuggingFaceWriter
 from ckptmgr.writers.reading import Reading
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("ckptmgr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loan:
+    """
+    What one series has captured, for the others that are saved by the same call: they need not copy it again.
+
+    Args:
+        series: Whose it is.
+        arena: Where it lies; not to be written to before every save that borrows from it is over.
+        reading: What still fills that, if anything does.
+        places: Where in it the bytes of a tensor lie, by what tells that two tensors are the same memory.
+        tensors: Those tensors. While they live, no other one can lie where they do.
+    """
+
+    series: str
+    arena: Arena
+    reading: Reading | None
+    places: Mapping[Any, int]
+    tensors: Collection[torch.Tensor]
 
 
 class Capture:
@@ -44,6 +66,7 @@ class Capture:
         self._ranks = ranks
         self._writer = series.format.writer()
         self._layout: Any = None
+        self._beside: tuple[Any, Any] | None = None
         self._frame = FRAME
         self._signature: bytes | None = None
         self._has_warned = False
@@ -74,7 +97,7 @@ class Capture:
         writer, ranks = self._writer, self._ranks
         error: Exception | None = None
         shares: list[Any] | None = None
-        self._signature = None
+        self._signature = self._beside = None
         plans = ranks.gather(writer.local_plan(taken))
         if plans is not None:
             try:
@@ -108,21 +131,33 @@ class Capture:
             self.arena.pin()
 
     def job(
-        self, taken: Any, *, number: int, step: int, metrics: Mapping[str, float], overwrite: bool, overlap: bool
+        self,
+        taken: Any,
+        *,
+        number: int,
+        step: int,
+        metrics: Mapping[str, float],
+        overwrite: bool,
+        overlap: bool,
+        loan: Loan | None = None,
     ) -> Job:
         """
         Copy the state to memory; what goes wrong here fails the save, for which the other ranks are on their way.
 
-        With *overlap* the tensors are only about to be read when this returns; everything else is copied.
+        With *overlap* the tensors are only about to be read when this returns; everything else is copied. What is
+        in the *loan* is not copied.
         """
         started = time.monotonic()
         files: Sequence[Any] = ()
         report = cause = reading = None
         try:
-            self.arena.adopt(self._layout)
+            layout = self._layout if loan is None else self._layout_beside(loan, self._writer.sources(taken))
+            self.arena.adopt(layout)
             small, report = self._writer.small_files(taken, self._ranks.rank)
             sources = self._writer.sources(taken)
-            if overlap:
+            if layout is not self._layout and not layout.copies:
+                pass  # all of it is lent
+            elif overlap:
                 # Aliases: a parameter whose data is replaced meanwhile is read from the memory that it had.
                 copy = self.arena.begin({key: tensor.detach() for key, tensor in sources.items()})
                 reading = self._reading(copy, _watched(self._writer.watched(taken), sources))
@@ -130,15 +165,40 @@ class Capture:
                     copy()
             else:
                 self.arena.capture(sources)
-            files = (*self._layout.files, *small)
+            files = (*layout.files, *small)
         except Exception as error:
             log.exception("capturing %s step %d failed", self._series.name, step)
             cause = f"{type(error).__name__}: {error}"
         return Job(
             number=number, series=self._series.name, step=step, keep=self._series.keep, writer=self._writer,
-            arena=self.arena, reading=reading, files=tuple(files), report=report, stage_s=time.monotonic() - started,
+            arenas=(self.arena,) if loan is None else (self.arena, loan.arena),
+            readings=tuple(one for one in (loan.reading if loan is not None else None, reading) if one is not None),
+            borrows_from=loan.series if loan is not None else None,
+            files=tuple(files), report=report, stage_s=time.monotonic() - started,
             metrics=metrics, per_rank=taken.per_rank_names, overwrite=overwrite, frame=self._frame, cause=cause,
         )  # fmt: skip
+
+    def loan(self, taken: Any, job: Job) -> Loan:
+        """What *job* has captured of *taken*, or is about to read; nothing if that has failed on this rank."""
+        sources = self._writer.sources(taken)
+        copies = self._layout.copies if job.cause is None else ()
+        places = {_memory(sources[copy.key]): copy.offset for copy in copies if sources[copy.key].dtype == copy.dtype}
+        reading = job.readings[0] if job.readings else None
+        return Loan(self._series.name, self.arena, reading, places, sources.values())
+
+    def _layout_beside(self, loan: Loan, sources: Mapping[object, torch.Tensor]) -> Any:
+        """The layout without what is lent; the same object as long as the same is lent."""
+        lent = {
+            copy.key: loan.places[memory]
+            for copy in self._layout.copies
+            if sources[copy.key].dtype == copy.dtype and (memory := _memory(sources[copy.key])) in loan.places
+        }
+        if not lent:
+            return self._layout
+        assert isinstance(self._writer, HuggingFaceWriter), "only an export borrows"
+        if self._beside is None or self._beside[0] != (lent, loan.arena.number):
+            self._beside = ((lent, loan.arena.number), self._writer.lay_out_beside(lent, loan.arena.number))
+        return self._beside[1]
 
     def stop_reading(self, timeout_s: float) -> None:
         """Give a capture that still reads *timeout_s* seconds to end; then its save has failed."""
@@ -164,6 +224,14 @@ class Capture:
         self.reading = reading
         reading.start()
         return reading
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Two living tensors for which this is the same have the same bytes. Nothing is equal to an empty one."""
+    if not tensor.numel():
+        return object()
+    is_view = (tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), is_view
 
 
 def _watched(

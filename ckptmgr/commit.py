@@ -67,7 +67,8 @@ class Job:
     One save on its way through the finalizer.
 
     *number* counts saves; *frame* is how long a rank's report may be, in bytes. Both are the same on every rank.
-    *reading* is what still fills the arena, if anything does.
+    *arenas* are its own and the one that it may borrow from, which is that of the series *borrows_from* on every
+    rank; *readings* are what still fills them.
     """
 
     number: int
@@ -75,8 +76,9 @@ class Job:
     step: int
     keep: KeepRule
     writer: Concluder
-    arena: Arena
-    reading: Reading | None
+    arenas: tuple[Arena, ...]
+    readings: tuple[Reading, ...]
+    borrows_from: str | None
     files: tuple[FileJob, ...]
     report: Any
     stage_s: float

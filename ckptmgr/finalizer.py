@@ -330,10 +330,10 @@ class Finalizer:
         except Exception as error:  # a trainer without a descriptor left, say: it belongs into the report
             log.exception("cannot have %s step %d written", job.series, job.step)
             answer = Answer(cause=in_words(error))
-        if job.reading is not None:
-            job.reading.conclude()
-            if answer.cause is None and job.reading.error is not None:
-                answer = Answer(cause=in_words(job.reading.error))
+        for reading in job.readings:
+            reading.conclude()
+            if answer.cause is None and reading.error is not None:
+                answer = Answer(cause=in_words(reading.error))
         if answer.cause is not None:
             return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
         return _Written(answer, job.report, job.stage_s)
@@ -342,17 +342,18 @@ class Finalizer:
         answer = Answer(cause=go.cause or job.cause)
         # One limit for all that the writer does, or a rank that is still waiting for it would pass for silent.
         deadline = time.monotonic() + self._timeouts.write_s
-        if answer.cause is None and job.reading is not None:
-            answer = Answer(cause=self._await_reading(job, job.reading))
+        for reading in job.readings:
+            if answer.cause is None:
+                answer = Answer(cause=self._await_reading(job, reading))
         if self._closing and answer.cause is None:
             answer = Answer(cause="the manager is closing")
         if answer.cause is None and job.files:
-            if job.arena.size:
-                cause = self._writer.share(job.arena, max(0.001, deadline - time.monotonic()))
-            else:
-                cause = self._writer.start(max(0.001, deadline - time.monotonic()))
+            cause = self._writer.start(max(0.001, deadline - time.monotonic()))
+            for arena in job.arenas:
+                if cause is None and arena.size:
+                    cause = self._writer.share(arena, max(0.001, deadline - time.monotonic()))
             write = WriteJob(
-                directory=str(self._root / go.directory), arena=job.arena.number, files=job.files,
+                directory=str(self._root / go.directory), arena=job.arenas[0].number, files=job.files,
                 rank=self._ranks.rank, file_mode=self._file_mode,
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
                 max_bytes_per_second=self._options.max_bytes_per_second,

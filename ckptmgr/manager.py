@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ckptmgr import recovery, verify
 from ckptmgr import resume as resumption
 from ckptmgr.answers import PendingSave, Resumed
-from ckptmgr.capture import Capture
+from ckptmgr.capture import Capture, Loan
 from ckptmgr.commit import AFTER_COMMIT, Committed, Job, Leader
 from ckptmgr.doctor import words_at_start
 from ckptmgr.errors import (
@@ -56,7 +56,8 @@ from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series, by_name
-from ckptmgr.writers import loading
+from ckptmgr.writers import dcp, loading
+from ckptmgr.writers.arena import available_bytes
 from ckptmgr.writers.state import split
 
 log = logging.getLogger("ckptmgr")
@@ -234,7 +235,59 @@ class CheckpointManager:
             failed = self._wait_for_turn(series, when_busy)
         self._hear(failed)
         with self._calling():
-            return self._save(step, state, series, metrics, overwrite=overwrite, when_busy=when_busy)
+            return self._save(step, state, series, metrics, overwrite=overwrite, when_busy=when_busy)[0]
+
+    def save_together(
+        self,
+        step: int,
+        states: Mapping[str, Mapping[str, Any]],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        overwrite: bool = False,
+        when_busy: WhenBusy | None = None,
+    ) -> dict[str, PendingSave | None]:
+        """
+        Capture several series at once and save each in the background. All ranks must call.
+
+        As one ``save`` per series, checkpoints first, but an export does not copy again what the checkpoint has
+        captured already with the same dtype: its files are written from there, and it takes no memory for it.
+        Each of them commits or fails by itself. What raises keeps the series behind it from being saved, and
+        those before it are on their way.
+
+        Args:
+            step: As for ``save``.
+            states: By series what ``save`` would be given; in the same order on every rank.
+            metrics: As for ``save``, for every series.
+            overwrite: As for ``save``.
+            when_busy: As for ``save``. A checkpoint is in flight as long as an export that was saved with it.
+
+        Returns:
+            What ``save`` would, by series.
+
+        Raises:
+            CheckpointError: As for ``save``.
+        """
+        with self._calling():
+            failed = self._ticks.tick()
+        self._hear(failed)
+        # What is no mapping is a series that there is not, so that every rank hears of it.
+        given: list[tuple[Any, Any]] = list(states.items()) if isinstance(states, Mapping) and states else [(None, {})]
+        given.sort(key=lambda one: self._is_export(one[0]))
+        for series, _ in given:
+            with self._calling():
+                failed = self._wait_for_turn(series, when_busy)
+            self._hear(failed)
+        saved: dict[str, PendingSave | None] = {}
+        with self._calling():
+            loan: Loan | None = None
+            for series, state in given:
+                mine = loan if self._is_export(series) else None
+                saved[series], lent = self._save(
+                    step, state, series, metrics, overwrite=overwrite, when_busy=when_busy, loan=mine,
+                    lends=loan is None and not self._is_export(series),
+                )  # fmt: skip
+                loan = loan or lent
+        return saved
 
     def _save(
         self,
@@ -245,7 +298,10 @@ class CheckpointManager:
         *,
         overwrite: bool,
         when_busy: WhenBusy | None,
-    ) -> PendingSave | None:
+        loan: Loan | None = None,
+        lends: bool = False,
+    ) -> tuple[PendingSave | None, Loan | None]:
+        """`save` after what was to be heard and waited for; with what the series *lends* to others of this call."""
         error: Exception | None = None
         taken: Any = None
         previous: Job | None = None
@@ -256,7 +312,7 @@ class CheckpointManager:
             step = _whole(step)
             busy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
             numbers = _metrics(metrics) if self._ranks.rank == 0 else {}
-            previous = self._in_flight.get(series)
+            previous = next(reversed(self._all_with(series)), None)
         except InvalidArgument as problem:
             error = problem
         if error is None:
@@ -267,22 +323,24 @@ class CheckpointManager:
         anew, broken, word = self._meet("save", call, error, extra=(changed, self._ranks.broken, word))
         self._obey(word, series, step, previous)
         if word == _SKIP:
-            return None
+            return None, None
         if previous is not None:
             self._settle(previous)
         if broken:
             self._rebuild()
-        self._finish_reading()
+        if loan is None:
+            self._finish_reading()
         if anew:
             capture.plan(taken)
         self._number += 1
         job = capture.job(
-            taken, number=self._number, step=step, metrics=numbers, overwrite=overwrite, overlap=self._overlap
-        )
+            taken, number=self._number, step=step, metrics=numbers, overwrite=overwrite, overlap=self._overlap,
+            loan=loan,
+        )  # fmt: skip
         self._in_flight[series] = job
         assert self._finalizer is not None
         self._finalizer.submit(job)
-        return PendingSave(job, self._patience_s)
+        return PendingSave(job, self._patience_s), capture.loan(taken, job) if lends else None
 
     def poll(self) -> list[PendingSave]:
         """
@@ -337,7 +395,7 @@ class CheckpointManager:
         except InvalidArgument as problem:
             error = problem
         else:
-            if (previous := self._in_flight.get(series)) is not None:
+            for previous in self._all_with(series):
                 self._settle(previous)
             taken, error = capture.take(state)
         self._meet("warm_up", self._call(series), error)
@@ -370,6 +428,9 @@ class CheckpointManager:
         are never loaded. Before anything is loaded, every byte of the checkpoint is compared with what was
         committed: each file is read once, by one of the ranks. Tensors are read by several threads, straight
         into those of *state*, and resharded to how it is sharded now.
+
+        Then the memory of the next save is made in the background, as much as this checkpoint took, unless
+        that is more than half of what this host has to spare.
 
         Args:
             state: As given to ``save``, or less. Plain values are put back into it if it is mutable.
@@ -418,7 +479,7 @@ class CheckpointManager:
         except InvalidArgument as problem:
             error = problem
         self._meet("resume", self._call(series, step, allow_older, verify_digests), error)
-        if (previous := self._in_flight.get(series)) is not None:
+        for previous in self._all_with(series):
             # What it commits is the newest, and what it retires must not be deleted while it is read.
             self._settle(previous)
         self._finish_reading()
@@ -446,7 +507,25 @@ class CheckpointManager:
         self._ranks.all_or_none(load.error, f"loading {resumed.path}")
         if isinstance(state, MutableMapping):
             state.update(load.plain)
+        self._warm_up_later(self._captures[series], load)
         return resumed
+
+    def _warm_up_later(self, capture: Capture, load: _Load) -> None:
+        """
+        Have memory ready for the next save: as much as the checkpoint took that was loaded.
+
+        Nobody has asked for it, so it calls no object of the user's and no other rank, leaves memory to others,
+        and is no error where it cannot be done.
+        """
+        ranks = self._ranks
+        try:
+            size = dcp.arena_bytes(load.files, ranks.rank, world_size=ranks.world_size, same_world=load.same_world)
+            if size <= available_bytes() // (2 * ranks.on_this_host):
+                capture.arena.warm_up_later(size)
+            else:
+                log.info("the first save makes its memory: %d bytes are more than half of what there is", size)
+        except Exception:
+            log.exception("the first save makes its memory: it could not be made in advance")
 
     # -- closing --------------------------------------------------------------------------------
 
@@ -663,11 +742,20 @@ class CheckpointManager:
 
     def _wait_for_turn(self, series: str, when_busy: WhenBusy | None) -> list[Job]:
         """Wait for what *series* has in flight, where that is wanted; it is returned if its failure is news."""
-        previous = self._in_flight.get(series) if isinstance(series, str) else None
-        if previous is None or (when_busy or self._when_busy) != "wait":
+        if (when_busy or self._when_busy) != "wait":
             return []
-        self._settle(previous)
-        return [previous] if previous.failure is not None and not previous.failure_seen else []
+        users = self._all_with(series)
+        for job in users:
+            self._settle(job)
+        return [job for job in users if job.failure is not None and not job.failure_seen]
+
+    def _all_with(self, series: Any) -> list[Job]:
+        """The saves that use the memory of *series*, in the order in which they end."""
+        users = [job for job in self._in_flight.values() if series in (job.series, job.borrows_from)]
+        return sorted(users, key=lambda job: job.number)
+
+    def _is_export(self, series: Any) -> bool:
+        return series in self._series and self._series[series].format.kind is Format.HUGGINGFACE
 
     def _settle(self, job: Job) -> None:
         """Wait until *job* is over."""
@@ -853,16 +941,16 @@ class _Load:
     """Loads what was chosen into *state*, once it is called: its plain values, or what went wrong."""
 
     def __init__(self, directory: Path, choice: _Choice, state: Mapping[str, Any], ranks: Ranks) -> None:
+        self.files = {entry.path: entry.size for entry in choice.files}
+        self.same_world = choice.resumed.world_size == ranks.world_size
         self.plain: dict[str, Any] = {}
         self.error: Exception | None = None
-        self._directory, self._choice, self._state, self._ranks = directory, choice, state, ranks
+        self._directory, self._state, self._rank = directory, state, ranks.rank
 
     def __call__(self) -> None:
-        same_world = self._choice.resumed.world_size == self._ranks.world_size
-        files = {entry.path: entry.size for entry in self._choice.files}
         try:
             self.plain = loading.read(
-                self._directory, self._state, self._ranks.rank, files=files, same_world=same_world
+                self._directory, self._state, self._rank, files=self.files, same_world=self.same_world
             )
         except Exception as problem:  # noqa: BLE001 - told to every rank by who called
             self.error = problem

@@ -241,6 +241,11 @@ class Ranks:
         """The host that *rank* runs on."""
         return self._hosts[rank] if rank < len(self._hosts) else ""
 
+    @property
+    def on_this_host(self) -> int:
+        """How many ranks share this host's memory, this one among them."""
+        return self._hosts.count(self.host)
+
     def close(self) -> None:
         """Destroy our groups. Not collective: each rank may do it in its own time."""
         self._destroy(self._calls, self._reports, self._orders)

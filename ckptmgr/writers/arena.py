@@ -11,10 +11,12 @@ so that the GPU copies by itself, on a stream of its own.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import mmap
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,10 @@ from ckptmgr.writers.jobs import FileJob
 log = logging.getLogger("ckptmgr")
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; absent from the mmap module
+#: Bytes whose pages are touched at a time: so long may a save, or a call that maps memory, have to wait for a warm-up.
+_TOUCH_BYTES = 16 << 20
+#: By how much the training goes before a warm-up in the background.
+_WARMING_NICE = 10
 #: What a tensor's place in the arena is aligned to, in bytes: enough for every dtype and a cache line.
 ALIGNMENT = 64
 #: Bytes of a tensor that a GPU casts at a time: all that a cast takes of its memory, whatever the state's size.
@@ -121,6 +127,24 @@ class Arena:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._batches: tuple[torch.device, list[int], list[Batch]] | None = None
         self._tried_to_pin = self._pinned = False
+        self._touched = 0
+        self._warming: threading.Thread | None = None
+        self._wanted = threading.Event()
+
+    def warm_up_later(self, size: int) -> None:
+        """
+        Make room for *size* bytes now and touch their pages in the background, until the memory is wanted.
+
+        What goes wrong there is logged; whoever wants the memory meets it again.
+
+        Raises:
+            MemoryError: There is not enough memory.
+        """
+        self._end_warming()
+        self._make_room(size)
+        self._wanted.clear()
+        self._warming = threading.Thread(target=self._warm, name="ckptmgr-warm-up", daemon=True)
+        self._warming.start()
 
     def adopt(self, layout: Layout) -> None:
         """
@@ -131,28 +155,16 @@ class Arena:
         """
         if layout is self._layout:
             return
+        self._end_warming()
         self._layout = self._batches = None
         self._views = []
-        if layout.size > self.size:
+        self._make_room(layout.size)
+        try:
+            while self._touch():
+                pass
+        except OSError as error:
             self.close()
-            # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told.
-            available = available_bytes()
-            if layout.size > available:
-                raise MemoryError(f"no memory for an arena of {layout.size} bytes: {available} are available")
-            descriptor = os.memfd_create("ckptmgr", os.MFD_CLOEXEC)
-            try:
-                os.posix_fallocate(descriptor, 0, layout.size)
-                self._map = mmap.mmap(descriptor, layout.size)
-            except OSError as error:
-                os.close(descriptor)
-                raise MemoryError(f"no memory for an arena of {layout.size} bytes: {error.strerror}") from error
-            self.descriptor, self.size = descriptor, layout.size
-            self.generation += 1
-            try:
-                self._map.madvise(_POPULATE_WRITE)
-            except OSError:
-                self._map[:: mmap.PAGESIZE] = bytes(len(range(0, layout.size, mmap.PAGESIZE)))
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            raise MemoryError(f"no memory for an arena of {layout.size} bytes: {error.strerror}") from error
         for offset, data in layout.constants:
             assert self._map is not None
             self._map[offset : offset + len(data)] = data
@@ -230,6 +242,69 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back."""
+        self._end_warming()
+        self._let_go()
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor, self.size, self._touched = -1, 0, 0
+
+    def _make_room(self, size: int) -> None:
+        """Map *size* bytes, those that were touched among them; the others' pages are only promised."""
+        if size <= self.size:
+            return
+        # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told.
+        available = available_bytes()
+        if size - self.size > available:
+            self.close()
+            raise MemoryError(f"no memory for an arena of {size} bytes: {available} are available")
+        self._let_go()
+        try:
+            if self._map is None:
+                self.descriptor = os.memfd_create("ckptmgr", os.MFD_CLOEXEC)
+                os.posix_fallocate(self.descriptor, size - 1, 1)  # its last byte gives it the size
+                self._map = mmap.mmap(self.descriptor, size)
+            else:
+                self._map.resize(size)
+        except OSError as error:
+            self.close()
+            raise MemoryError(f"no memory for an arena of {size} bytes: {error.strerror}") from error
+        self.size = size
+        self.generation += 1
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _touch(self) -> bool:
+        """Take the memory for some more pages, so that a copy need not; returns False if there are none left."""
+        begin, end = self._touched, min(self._touched + _TOUCH_BYTES, self.size)
+        if begin == end:
+            return False
+        os.posix_fallocate(self.descriptor, begin, end - begin)
+        # Not by the mmap module, which keeps Python's global lock meanwhile.
+        address = ctypes.c_void_p(self._bytes.data_ptr() + begin)
+        if ctypes.CDLL(None).madvise(address, ctypes.c_size_t(end - begin), _POPULATE_WRITE) != 0:
+            self._bytes[begin : end : mmap.PAGESIZE] = 0
+        self._touched = end
+        return True
+
+    def _warm(self) -> None:
+        os.nice(_WARMING_NICE)  # of this thread alone, on Linux
+        try:
+            while not self._wanted.is_set() and self._touch():
+                pass
+        except OSError as error:
+            log.warning("an arena of %d bytes is not warmed up: %s", self.size, error.strerror)
+
+    def _end_warming(self) -> None:
+        """Let the background stop where it is, within moments."""
+        if self._warming is not None:
+            self._wanted.set()
+            self._warming.join()
+            self._warming = None
+
+    def _let_go(self) -> None:
+        """Forget all that points into the memory."""
         if self._pinned:
             self._wait_for_gpus()
             _cudart().cudaHostUnregister(self._bytes.data_ptr())
@@ -237,11 +312,6 @@ class Arena:
         self._views = []
         self._layout = self._batches = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-            os.close(self.descriptor)
-            self.descriptor, self.size = -1, 0
 
     def _copy_from_gpu(
         self,

@@ -214,7 +214,7 @@ class DCPWriter:
             The layout, and what rank 0 must know of it: where each piece stands in ``__R_0.distcp``.
         """
         self._own_values = [item.index for item in mine.items if item.type is WriteItemType.BYTE_IO]
-        name = f"__{rank}_0.distcp"
+        name = _tensors_name(rank)
         constants: list[tuple[int, bytes]] = []
         copies: list[Copy] = []
         places: list[tuple[MetadataIndex, _StorageInfo]] = []
@@ -458,9 +458,21 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
         raise InvalidArgument(f"{name!r} is not a dense tensor with data ({tensor.layout}, {tensor.device})")
 
 
+def _tensors_name(rank: int) -> str:
+    """The file of one rank's pieces of tensors, which lies in its arena as it is."""
+    return f"__{rank}_0.distcp"
+
+
 def per_rank_name(rank: int) -> str:
     """The file of one rank's `PerRank` state."""
     return f"per-rank-{rank}.pt"
+
+
+def arena_bytes(files: Mapping[str, int], rank: int, *, world_size: int, same_world: bool) -> int:
+    """What a save of the state that *files* hold will take in this rank's arena; after resharding an even share."""
+    if same_world:
+        return files.get(_tensors_name(rank), 0)
+    return sum(size for name, size in files.items() if name.endswith("_0.distcp")) // world_size
 
 
 def _local(value: Any) -> torch.Tensor:

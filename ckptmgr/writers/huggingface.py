@@ -155,10 +155,20 @@ class Part:
     begin: int
 
     @property
+    def key(self) -> object:
+        """What the copy of the piece is known by."""
+        return self.name, self.offsets
+
+    @property
     def runs(self) -> list[tuple[int, int, int, int]]:
         """The bytes of the file that the piece fills, as `runs_of_slice` tells them."""
         runs = runs_of_slice(self.shape, self.offsets, self.sizes, self.dtype.itemsize)
         return [(self.begin + offset, length, count, stride) for offset, length, count, stride in runs]
+
+    @property
+    def at(self) -> int:
+        """Where the piece begins in the file."""
+        return self.runs[0][0] if self.runs else self.begin
 
     @property
     def is_one_run(self) -> bool:
@@ -181,6 +191,7 @@ class HuggingFaceWriter:
 
     def __init__(self, options: HuggingFace) -> None:
         self._options = options
+        self._mine: RankPlan | None = None
         self._shared: list[SharedFile] = []
         self._files = 0
         self._index: bytes | None = None
@@ -322,6 +333,13 @@ class HuggingFaceWriter:
     def lay_out(self, mine: RankPlan, rank: int) -> tuple[Layout, Any]:
         """Place this rank's files and pieces in its arena; whole files lie there as they will stand on disk."""
         del rank
+        self._mine = mine
+        return self.lay_out_beside({}, None), None
+
+    def lay_out_beside(self, lent: Mapping[object, int], lender: int | None) -> Layout:
+        """The same without the pieces in *lent*, by the keys of copies, which lie there in the arena *lender*."""
+        assert self._mine is not None
+        mine = self._mine
         constants: list[tuple[int, bytes]] = []
         copies: list[Copy] = []
         files: list[FileJob] = []
@@ -330,24 +348,36 @@ class HuggingFaceWriter:
             # Aligned as in the file, so that it can be written past the page cache.
             start = aligned(end, DIRECT_BLOCK)
             constants.append((start, file.header))
-            for part in parts:
-                at = part.runs[0][0] if part.runs else part.begin
-                copies.append(Copy((part.name, part.offsets), start + at, part.dtype, part.sizes))
-            files.append(FileJob(file.path, file.size, own=True, segments=(Segment(0, start, file.size),)))
+            segments = [Segment(0, start, file.size)]
             end = start + file.size
+            if any(part.key in lent for part in parts):
+                segments = [Segment(0, start, len(file.header))]
+                end = start + len(file.header)
+            for at, part in sorted(((part.at, part) for part in parts), key=operator.itemgetter(0)):
+                copy = Copy(part.key, start + at, part.dtype, part.sizes)
+                if part.key in lent:
+                    segments.append(Segment(at, lent[part.key], copy.nbytes, arena=lender))
+                    continue
+                if len(segments) > 1 or segments[0].length < file.size:
+                    copy = dataclasses.replace(copy, offset=aligned(end))
+                    segments.append(Segment(at, copy.offset, copy.nbytes))
+                    end = copy.offset + copy.nbytes
+                copies.append(copy)
+            files.append(FileJob(file.path, file.size, own=True, segments=tuple(segments)))
         for file, parts in mine.shared:
             segments = []
             for part in parts:
-                start = aligned(end)
-                copy = Copy((part.name, part.offsets), start, part.dtype, part.sizes)
-                copies.append(copy)
-                end = start + copy.nbytes
+                start = lent.get(part.key, aligned(end))
+                if part.key not in lent:
+                    copies.append(copy := Copy(part.key, start, part.dtype, part.sizes))
+                    end = start + copy.nbytes
                 for offset, length, count, stride in part.runs:
-                    segments.append(Segment(offset, start, length, count, stride))
+                    arena = lender if part.key in lent else None
+                    segments.append(Segment(offset, start, length, count, stride, arena))
                     start += length * count
             files.append(FileJob(file.path, file.size, own=False, segments=tuple(segments)))
         self._files = max(self._files, len(files))
-        return Layout(end, tuple(constants), tuple(copies), tuple(files)), None
+        return Layout(end, tuple(constants), tuple(copies), tuple(files))
 
     def accept_layouts(self, places: Sequence[Any]) -> None:
         """Rank 0 only: nothing to remember, the plan fixes every offset."""

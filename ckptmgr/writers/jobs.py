@@ -19,7 +19,8 @@ class Segment:
     Bytes that lie together in the arena and go to *count* runs of *length* bytes in the file.
 
     Run *i* lands at ``file_offset + i * stride``. A slice of a row-major tensor that is sharded on
-    an inner dimension is such a comb of runs; anything contiguous is one run.
+    an inner dimension is such a comb of runs; anything contiguous is one run. *arena* is another one than the
+    job's where the bytes were captured for another series.
     """
 
     file_offset: int
@@ -27,6 +28,7 @@ class Segment:
     length: int
     count: int = 1
     stride: int = 0
+    arena: int | None = None
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """(offset in the file, offset in the arena) of each run."""

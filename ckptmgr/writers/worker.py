@@ -22,8 +22,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,11 +34,16 @@ from ckptmgr.writers.jobs import Answer, ArenaJob, DigestJob, FileJob, WriteJob
 
 _PR_SET_PDEATHSIG = 1
 _CHUNK = 8 << 20
+#: Bytes that are put together for a write past the page cache, in one more buffer than there are writes under way.
+_TOGETHER = 4 << 20
 #: From how many bytes on it is quicker to go past the page cache, whose pages take longer to fill than the disk.
 _LEAST_DIRECT = 1 << 20
 #: Writes under way at a time: the disk has the next one while this one returns.
 _DIRECT_THREADS = 2
 _SLOT_POLL_S = 0.02
+
+#: Arenas by number; None is the job's own.
+_Memories = dict[int | None, memoryview]
 
 
 def main() -> None:
@@ -61,7 +66,7 @@ def _do(job: object, pipe: Connection, arenas: dict[int, mmap.mmap]) -> Answer:
             _map(job, pipe, arenas)
             return Answer()
         if isinstance(job, WriteJob):
-            return _write(job, arenas.get(job.arena))
+            return _write(job, arenas)
         if isinstance(job, DigestJob):
             return _read_back(job)
         return Answer(cause=f"unknown job {type(job).__name__}")
@@ -84,16 +89,18 @@ def _map(job: ArenaJob, pipe: Connection, arenas: dict[int, mmap.mmap]) -> None:
         os.close(descriptor)
 
 
-def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
+def _write(job: WriteJob, arenas: Mapping[int, mmap.mmap]) -> Answer:
     directory = Path(job.directory)
     asked = time.monotonic()
     sealed = []
     pace = Pace(job.max_bytes_per_second)
-    with _slot(job), memoryview(arena if arena is not None else b"") as memory:
+    with _slot(job), contextlib.ExitStack() as views:
+        memories: _Memories = {number: views.enter_context(memoryview(arena)) for number, arena in arenas.items()}
+        memories[None] = memories.get(job.arena, memoryview(b""))
         started = time.monotonic()
         for file in job.files:
             try:
-                digest = _write_file(directory / file.path, file, memory, job.file_mode, pace)
+                digest = _write_file(directory / file.path, file, memories, job.file_mode, pace)
             except OSError as error:
                 error.filename = error.filename or file.path
                 raise
@@ -105,10 +112,11 @@ def _write(job: WriteJob, arena: mmap.mmap | None) -> Answer:
     return Answer(files=tuple(sealed), write_s=time.monotonic() - started, waited_s=started - asked)
 
 
-def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None, pace: Pace) -> str:
+def _write_file(path: Path, file: FileJob, memories: _Memories, mode: int | None, pace: Pace) -> str:
     for segment in file.segments:
-        if segment.arena_offset + segment.length * segment.count > len(memory):
-            raise ValueError(f"{file.path} needs bytes that this process's arena of {len(memory)} bytes lacks")
+        has = len(memories.get(segment.arena, b""))
+        if segment.arena_offset + segment.length * segment.count > has:
+            raise ValueError(f"{file.path} needs bytes that this process's arena of {has} bytes lacks")
     digest = Digest()
     with durable.new_file(path, mode=mode) if file.own else durable.shared_file(path) as descriptor:
         if file.own:
@@ -118,9 +126,11 @@ def _write_file(path: Path, file: FileJob, memory: memoryview, mode: int | None,
             durable.write_at(descriptor, memoryview(file.data), 0)
         pieces: Iterable[_Piece] = _pieces(file)
         if file.own and file.size >= _LEAST_DIRECT:
-            pieces = _write_directly(descriptor, list(pieces), memory, digest, pace)
+            borrows = any(segment.arena is not None for segment in file.segments)
+            write = _write_together if borrows else _write_directly
+            pieces = write(descriptor, list(pieces), memories, digest, pace)
         for piece in pieces:
-            with piece.bytes_in(memory) as chunk:
+            with piece.bytes_in(memories) as chunk:
                 if file.own and not piece.is_digested:
                     digest.update(chunk)
                 pace.wait(piece.length)
@@ -147,20 +157,25 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
-    """At most `_CHUNK` bytes that lie together in the arena and in the file."""
+    """At most `_CHUNK` bytes that lie together in an arena and in the file."""
 
     file_offset: int
+    arena: int | None
     arena_offset: int
     length: int
     is_direct: bool = False
     is_digested: bool = False
 
-    def bytes_in(self, memory: memoryview) -> memoryview:
-        return memory[self.arena_offset : self.arena_offset + self.length]
+    def bytes_in(self, memories: _Memories) -> memoryview:
+        return memories[self.arena][self.arena_offset : self.arena_offset + self.length]
 
     def after(self, written: int) -> _Piece:
         """What is left of it, for the page cache."""
-        return _Piece(self.file_offset + written, self.arena_offset + written, self.length - written, is_digested=True)
+        return dataclasses.replace(self.cut(written, self.length), is_digested=True)
+
+    def cut(self, begin: int, end: int) -> _Piece:
+        """The part of it from *begin* to *end*."""
+        return _Piece(self.file_offset + begin, self.arena, self.arena_offset + begin, end - begin)
 
 
 def _pieces(file: FileJob) -> Iterator[_Piece]:
@@ -176,11 +191,12 @@ def _pieces(file: FileJob) -> Iterator[_Piece]:
             for begin, end in itertools.pairwise(ends):
                 is_direct = len(ends) > 2 and begin == ends[1]
                 for start in range(begin, end, _CHUNK):
-                    yield _Piece(file_offset + start, arena_offset + start, min(_CHUNK, end - start), is_direct)
+                    length = min(_CHUNK, end - start)
+                    yield _Piece(file_offset + start, segment.arena, arena_offset + start, length, is_direct)
 
 
 def _write_directly(
-    descriptor: int, pieces: list[_Piece], memory: memoryview, digest: Digest, pace: Pace
+    descriptor: int, pieces: list[_Piece], memories: _Memories, digest: Digest, pace: Pace
 ) -> list[_Piece]:
     """
     Digest all of a file and write what goes past the page cache meanwhile, on threads; returns what is left to write.
@@ -190,7 +206,7 @@ def _write_directly(
 
     def write(piece: _Piece) -> _Piece:
         pace.wait(piece.length)
-        with piece.bytes_in(memory) as chunk:
+        with piece.bytes_in(memories) as chunk:
             return piece.after(durable.write_direct(descriptor, chunk, piece.file_offset))
 
     rest = []
@@ -200,7 +216,7 @@ def _write_directly(
         try:
             written = [threads.submit(write, piece) if piece.is_direct else None for piece in pieces]
             for piece in pieces:
-                with piece.bytes_in(memory) as chunk:
+                with piece.bytes_in(memories) as chunk:
                     digest.update(chunk)
             for piece, future in zip(pieces, written, strict=True):
                 left = piece.after(0) if future is None else future.result()
@@ -209,6 +225,59 @@ def _write_directly(
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     return rest
+
+
+def _write_together(
+    descriptor: int, pieces: list[_Piece], memories: _Memories, digest: Digest, pace: Pace
+) -> list[_Piece]:
+    """
+    `_write_directly` for a file that borrows bytes, which lie in memory as they stand in a file of another layout.
+
+    What goes past the page cache begins at a block of memory, so they are put together in buffers first.
+    """
+
+    def write(chunk: memoryview, offset: int) -> int:
+        pace.wait(len(chunk))
+        return durable.write_direct(descriptor, chunk, offset)
+
+    parts: list[tuple[int, list[_Piece]]] = []
+    buffers = [memoryview(mmap.mmap(-1, _TOGETHER)) for _ in range(_DIRECT_THREADS + 1)]
+    written: list[Future[int]] = []
+    with durable.direct(descriptor) as can, ThreadPoolExecutor(_DIRECT_THREADS) as threads:
+        if not can:
+            return pieces
+        try:
+            for number, of_chunk in itertools.groupby(_at_chunks(pieces), lambda piece: piece.file_offset // _TOGETHER):
+                if number >= len(buffers):
+                    written[number - len(buffers)].result()  # that buffer is free again
+                buffer, begin, end, together = buffers[number % len(buffers)], number * _TOGETHER, 0, list(of_chunk)
+                for piece in together:
+                    end = piece.file_offset - begin + piece.length
+                    with piece.bytes_in(memories) as chunk:
+                        buffer[end - piece.length : end] = chunk
+                written.append(threads.submit(write, buffer[: end - end % durable.DIRECT_BLOCK], begin))
+                digest.update(buffer[:end])
+                parts.append((begin, together))
+            ends = [begin + future.result() for (begin, _), future in zip(parts, written, strict=True)]
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [
+        piece.after(max(0, end - piece.file_offset))
+        for end, (_, together) in zip(ends, parts, strict=True)
+        for piece in together
+        if end < piece.file_offset + piece.length
+    ]
+
+
+def _at_chunks(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    """*pieces*, cut where a multiple of `_TOGETHER` of the file goes through one."""
+    for piece in pieces:
+        begin = 0
+        while begin < piece.length:
+            end = min(piece.length, begin + _TOGETHER - (piece.file_offset + begin) % _TOGETHER)
+            yield piece.cut(begin, end)
+            begin = end
 
 
 def _read_back(job: DigestJob) -> Answer:

@@ -19,6 +19,7 @@ from saving_ranks import manager_on, rows
 from tiny_models import mixture_of_experts, same, sharded, train_step, whole, whole_state
 
 from ckptmgr import DCP, CheckpointState, HuggingFace, PerRank, RandomState, Series, UnsafeResume
+from ckptmgr.errors import RanksDisagree
 from ckptmgr.journal import Journal
 
 SHARD_BYTES = 6_000
@@ -286,6 +287,74 @@ def _save_alike(here: Here) -> None:
 
 def test_checkpoints_and_exports_of_one_run_do_not_mix(tmp_path: Path) -> None:
     run_on_ranks(2, _save_alike, tmp_path)
+
+
+def _warmed_by_resuming(here: Here, step: int) -> list[int]:
+    """The arena of this rank before the first save of a start that resumes, if it can, and after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (here.world_size,))
+    state = {"t": distribute_tensor(torch.ones(5 << 10, 8), mesh, [Shard(0)]), "same": torch.ones(7 << 10), "n": step}
+    with manager_on(here) as manager:
+        manager.resume(state)
+        arena = manager._captures["checkpoint"].arena
+        before = arena.size
+        pending = manager.save(step, state)
+        assert pending is not None
+        pending.wait()
+        return [before, arena.size, arena.generation]
+
+
+def test_every_rank_makes_memory_for_its_own_part_after_resuming(tmp_path: Path) -> None:
+    """As much as it took where the number of ranks is the same, else its share."""
+    first = run_on_ranks(2, _warmed_by_resuming, tmp_path, step=1)
+    assert [before for before, _, _ in first] == [0, 0]
+    sizes = [after for _, after, _ in first]
+    assert sizes[0] != sizes[1]
+    again = run_on_ranks(2, _warmed_by_resuming, tmp_path, step=2)
+    assert again == [[size, size, 1] for size in sizes]
+    ((alone, _, _),) = run_on_ranks(1, _warmed_by_resuming, tmp_path, distributed=True, step=3)
+    assert alone == sum(sizes)
+
+
+def _together(here: Here) -> None:
+    """Shards of every kind, a tensor that both have, and one that only a rank has; saved twice, in files of 8 MB."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (here.world_size,))
+    series = [Series("checkpoint", DCP()), Series("hf", HuggingFace(max_shard_size=8_000_000))]
+    with manager_on(here, series=series) as manager:
+        for step in (1, 2):
+            full = torch.arange(2_400_000.0).view(1000, 2400) * step
+            state = {
+                "rows": distribute_tensor(full, mesh, [Shard(0)]),
+                "columns": distribute_tensor(full, mesh, [Shard(1)]),
+                "same": torch.arange(1_500_000.0) * step,
+                f"expert{here.rank}": torch.arange(5000.0) * (here.rank + step),
+            }
+            for pending in manager.save_together(step, {"checkpoint": state, "hf": dict(state)}).values():
+                assert pending is not None
+                pending.wait()
+            if here.is_leader:
+                found = _exported(here.run_dir / "hf" / f"hf-{step}")
+                assert torch.equal(found["rows"], full)
+                assert torch.equal(found["columns"], full)
+                assert torch.equal(found["same"], torch.arange(1_500_000.0) * step)
+                for rank in range(here.world_size):
+                    assert torch.equal(found[f"expert{rank}"], torch.arange(5000.0) * (rank + step))
+        # What only one of them writes for both of them may be another's for the other series.
+        assert manager._captures["hf"].arena.size < 4 * 1_500_000 + 65_536
+        manager.resume(state, 1)
+        assert torch.equal(state["same"], torch.arange(1_500_000.0))
+        order = ["checkpoint", "hf"] if here.is_leader else ["hf"]
+        with pytest.raises(RanksDisagree):
+            manager.save_together(3, dict.fromkeys(order, state))
+
+
+def test_every_rank_exports_from_what_its_checkpoint_captured(tmp_path: Path) -> None:
+    run_on_ranks(2, _together, tmp_path)
 
 
 @on_ranks(1, distributed=True)

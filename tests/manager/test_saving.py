@@ -38,6 +38,7 @@ from ckptmgr import (
     StepAlreadySaved,
     UnsafeResume,
 )
+from ckptmgr import manager as manager_module
 from ckptmgr.errors import (
     ForeignJournal,
     InvalidArgument,
@@ -188,6 +189,64 @@ def test_a_warmed_up_first_save_needs_no_new_memory_or_writer(open_manager: Open
         assert "memfd:ckptmgr" in Path(f"/proc/{pid}/maps").read_text(), "the writer has mapped it too"
         _save(manager, 1, state)
         assert (manager.writer_pid, Path("/proc/self/maps").read_text().count("memfd:ckptmgr")) == (pid, 1)
+
+
+class Stepped:
+    """A part of a trainer that counts how often it is asked for its state."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def test_the_first_save_after_resuming_finds_its_memory_made(open_manager: Open) -> None:
+    state = {"model": perceptron(0), "t": torch.zeros(100_000), "loader": Stepped(), "own": PerRank(Stepped())}
+    with open_manager() as manager:
+        assert manager.resume(state) is None
+        assert not manager._captures["checkpoint"].arena.size
+        _save(manager, 1, state)
+        size = manager._captures["checkpoint"].arena.size
+    asked = state["own"].value.asked
+    with open_manager() as manager:
+        manager.resume(state)
+        capture = manager._captures["checkpoint"]
+        assert (capture.arena.size, capture.arena.generation) == (size, 1)
+        assert capture.arena._warming is not None
+        capture.arena._warming.join(20)
+        assert os.fstat(capture.arena.descriptor).st_blocks * 512 >= size
+        assert state["own"].value.asked == asked, "nobody has asked for it to be saved"
+        _save(manager, 2, state)
+        assert (capture.arena.size, capture.arena.generation) == (size, 1)
+
+
+@pytest.mark.parametrize("what", ["too large", "an error"])
+def test_resuming_does_without_a_warm_up_where_there_is_no_memory_for_one(
+    open_manager: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    state = {"t": torch.arange(10_000.0)}
+    with open_manager() as manager:
+        _save(manager, 1, state)
+    caplog.set_level(logging.INFO)
+    with open_manager() as manager:
+        with monkeypatch.context() as machine:
+            if what == "an error":
+                machine.setattr(
+                    os, "memfd_create", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files"))
+                )
+            else:
+                machine.setattr(manager_module, "available_bytes", lambda: 79_000)
+            target = {"t": torch.zeros(10_000)}
+            assert manager.resume(target) is not None
+        assert same(target, state)
+        assert "the first save makes its memory" in caplog.text
+        assert not manager._captures["checkpoint"].arena.size
+        _save(manager, 2, state)
 
 
 def test_an_arena_that_memory_cannot_hold_is_a_typed_error_and_a_smaller_one_works(

@@ -825,7 +825,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             Edit(
                 "writers/worker.py",
-                "        if segment.arena_offset + segment.length * segment.count > len(memory):\n",
+                "        if segment.arena_offset + segment.length * segment.count > has:\n",
                 "        if False:\n",
             ),
         ),

@@ -56,7 +56,7 @@ class OneRank:
                 assert self.process.start(30) is None
             return self.process.do(job, 30)
         # The very function that the process runs, here.
-        return worker._write(job, self.arena._map)
+        return worker._write(job, {0: self.arena._map} if self.arena._map is not None else {})
 
     def close(self) -> None:
         self.arena.close()

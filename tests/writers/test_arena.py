@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,124 @@ def test_an_arena_grows_and_does_not_shrink(arena):
     assert grown == (20000, 2)
     assert (arena.size, arena.generation) == grown
     assert held(arena, again.copies[0]) == bits(small["a"])
+
+
+def test_growing_keeps_the_pages_that_are_there(arena):
+    arena.adopt(layout_of({"a": torch.arange(5000.0)}))
+    descriptor = arena.descriptor
+    large = {"a": torch.arange(500_000.0)}
+    layout = layout_of(large)
+    arena.adopt(layout)
+    arena.capture(large)
+
+    assert arena.descriptor == descriptor
+    assert held(arena, layout.copies[0]) == bits(large["a"])
+
+
+def taken_bytes(arena: Arena) -> int:
+    """How much memory it really has."""
+    return os.fstat(arena.descriptor).st_blocks * 512
+
+
+def test_memory_is_warmed_up_in_the_background_and_used_as_it_is(arena):
+    state = {"a": torch.arange(10_000_000.0)}
+    layout = layout_of(state)
+    arena.warm_up_later(layout.size)
+    arena._warming.join(20)
+    assert taken_bytes(arena) >= layout.size
+    before = (arena.descriptor, arena.generation)
+    arena.adopt(layout)
+    arena.capture(state)
+
+    assert (arena.descriptor, arena.generation) == before
+    assert held(arena, layout.copies[0]) == bits(state["a"])
+
+
+@pytest.fixture
+def slow_warming(monkeypatch):
+    """Lets a warm-up in the background touch one part of the memory, and then take its time until it is stopped."""
+    parts: list[int] = []
+    reached = threading.Event()
+    touch = Arena._touch
+
+    def slowly(arena):
+        more = touch(arena)
+        if threading.current_thread().name == "ckptmgr-warm-up":
+            parts.append(arena._touched)
+            reached.set()
+            assert arena._wanted.wait(20)
+            time.sleep(0.2)
+        return more
+
+    monkeypatch.setattr(Arena, "_touch", slowly)
+    return reached, parts
+
+
+def test_who_wants_the_memory_stops_the_background_and_goes_on_where_it_was(arena, slow_warming):
+    reached, parts = slow_warming
+    state = {"a": torch.arange(15_000_000.0)}
+    layout = layout_of(state)
+    arena.warm_up_later(layout.size)
+    assert reached.wait(20)
+    assert arenas._TOUCH_BYTES <= taken_bytes(arena) < layout.size
+    arena.adopt(layout)
+    arena.capture(state)
+
+    assert parts == [arenas._TOUCH_BYTES]
+    assert taken_bytes(arena) >= layout.size
+    assert held(arena, layout.copies[0]) == bits(state["a"])
+
+
+def test_a_larger_layout_than_was_expected_gets_its_memory(arena):
+    state = {"a": torch.arange(15_000_000.0)}
+    layout = layout_of(state)
+    arena.warm_up_later(layout.size // 2)
+    arena.adopt(layout)
+    arena.capture(state)
+
+    assert arena.size == layout.size
+    assert held(arena, layout.copies[0]) == bits(state["a"])
+
+
+def test_closing_ends_a_warm_up_and_leaves_nothing_behind(arena, slow_warming):
+    reached, parts = slow_warming
+    before = open_memory()
+    arena.warm_up_later(100 << 20)
+    assert reached.wait(20)
+    arena.close()
+
+    assert parts == [arenas._TOUCH_BYTES]
+    assert open_memory() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "ckptmgr-warm-up"]
+
+
+def test_a_warm_up_that_fails_is_logged_and_tried_again_by_who_wants_the_memory(arena, monkeypatch, caplog):
+    layout = layout_of({"a": torch.arange(8.0)})
+    fallocate = os.posix_fallocate
+
+    def none_left(descriptor, offset, length):
+        if length > 1:
+            raise OSError(28, "No space left")
+        fallocate(descriptor, offset, length)
+
+    with monkeypatch.context() as machine:
+        machine.setattr(os, "posix_fallocate", none_left)
+        arena.warm_up_later(layout.size)
+        arena._warming.join(20)
+        assert "not warmed up: No space left" in caplog.text
+        with pytest.raises(MemoryError, match="No space left"):
+            arena.adopt(layout)
+    arena.adopt(layout)
+    assert taken_bytes(arena) >= layout.size
+
+
+def test_pages_are_touched_by_hand_where_the_kernel_cannot(arena, monkeypatch):
+    monkeypatch.setattr(arenas, "_POPULATE_WRITE", 12345)
+    state = {"a": torch.arange(100_000.0)}
+    layout = layout_of(state)
+    arena.adopt(layout)
+    arena.capture(state)
+    assert held(arena, layout.copies[0]) == bits(state["a"])
 
 
 def test_a_layout_in_place_is_adopted_for_nothing(arena):

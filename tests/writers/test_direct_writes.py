@@ -23,6 +23,7 @@ from ckptmgr.writers.jobs import FileJob, Segment
 BLOCK = durable.DIRECT_BLOCK
 MIB = 1 << 20
 SIZE = 40 * MIB + 3 * BLOCK
+LENDER = 7
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def write(path: Path, memory: memoryview, *segments: Segment) -> None:
     """Write a file that these segments make up, and compare."""
     size = sum(segment.length for segment in segments)
     file = FileJob(path.name, size, own=True, segments=segments)
-    digest = worker._write_file(path, file, memory, None, worker.Pace(0))
+    digest = worker._write_file(path, file, {None: memory, LENDER: memory}, None, worker.Pace(0))
     expected = b"".join(memory[one.arena_offset : one.arena_offset + one.length] for one in segments)
     assert path.read_bytes() == expected
     assert digest == Digest(expected).text
@@ -96,7 +97,7 @@ def test_parts_of_shared_files_stay_in_the_page_cache_from_which_their_digest_is
     worker._write_file(
         tmp_path / "f",
         FileJob("f", 4 * MIB, own=False, segments=(Segment(0, 0, 4 * MIB),)),
-        memory,
+        {None: memory},
         None,
         worker.Pace(0),
     )
@@ -130,9 +131,25 @@ def refused_later(descriptor: int, data: memoryview, offset: int, real: Callable
     return (refused if offset >= 16 * MIB else half)(descriptor, data, offset, real)
 
 
+#: A file in one piece, and one of many that are borrowed and lie anywhere.
+IN_ONE = (Segment(0, 0, SIZE - 5),)
+BORROWED = (
+    Segment(0, 128, 72),
+    Segment(72, 64, 9 * MIB + 3, arena=LENDER),
+    Segment(9 * MIB + 75, 10 * MIB, 5),
+    *(Segment(9 * MIB + 80 + n * 5000, 11 * MIB + n * 6000, 5000, arena=LENDER) for n in range(2000)),
+    Segment(9 * MIB + 80 + 10_000_000, 0, 14 * MIB, arena=LENDER),
+)
+
+
+@pytest.mark.parametrize("segments", [IN_ONE, BORROWED], ids=["in one", "borrowed"])
 @pytest.mark.parametrize("how", [half, odd, refused, refused_later])
 def test_a_write_that_is_cut_short_or_not_taken_is_gone_on_with(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, how: Callable[..., int]
+    tmp_path: Path,
+    memory: memoryview,
+    monkeypatch: pytest.MonkeyPatch,
+    how: Callable[..., int],
+    segments: tuple[Segment, ...],
 ) -> None:
     real, lock = os.pwrite, threading.Lock()
 
@@ -141,7 +158,26 @@ def test_a_write_that_is_cut_short_or_not_taken_is_gone_on_with(
             return how(*args, real)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    write(tmp_path / "f", memory, Segment(0, 0, SIZE - 5))
+    write(tmp_path / "f", memory, *segments)
+
+
+@pytest.mark.parametrize("size", [MIB, MIB + 1, 4 * MIB - 64, 4 * MIB, 33 * MIB + 5])
+@pytest.mark.parametrize("start", [0, 64])
+def test_borrowed_bytes_go_past_the_page_cache_wherever_they_lie(
+    tmp_path: Path, memory: memoryview, calls: list[tuple[bool, int, int]], size: int, start: int
+) -> None:
+    write(tmp_path / "f", memory, Segment(0, 640, 64), Segment(64, start, size, arena=LENDER))
+
+    total = size + 64
+    assert sum(length for past, _, length in calls if past) == total // BLOCK * BLOCK
+    assert sum(length for _, _, length in calls) == total
+    assert all(offset % BLOCK == length % BLOCK == 0 for past, offset, length in calls if past)
+
+
+def test_bytes_of_an_arena_that_is_not_there_fail_the_file(tmp_path: Path, memory: memoryview) -> None:
+    file = FileJob("f", 64, own=True, segments=(Segment(0, 0, 64, arena=LENDER),))
+    with pytest.raises(ValueError, match="arena of 0 bytes"):
+        worker._write_file(tmp_path / "f", file, {None: memory}, None, worker.Pace(0))
 
 
 def test_a_file_system_that_has_only_its_page_cache_is_written_through_it(
@@ -156,6 +192,7 @@ def test_a_file_system_that_has_only_its_page_cache_is_written_through_it(
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     write(tmp_path / "f", memory, Segment(0, 0, 9 * MIB + 1))
+    write(tmp_path / "g", memory, *BORROWED)
     assert not any(past for past, _, _ in calls)
 
 
@@ -176,9 +213,10 @@ def test_an_error_fails_the_file_and_leaves_no_thread_writing(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     before, opened = threading.active_count(), _descriptors()
-    with pytest.raises(OSError, match="returned 0" if not error else os.strerror(error)) as caught:
-        write(tmp_path / "f", memory, Segment(0, 0, SIZE))
-    assert caught.value.errno == (error or errno.EIO)
+    for name, segments in (("f", [Segment(0, 0, SIZE)]), ("g", BORROWED)):
+        with pytest.raises(OSError, match="returned 0" if not error else os.strerror(error)) as caught:
+            write(tmp_path / name, memory, *segments)
+        assert caught.value.errno == (error or errno.EIO)
     assert threading.active_count() == before
     assert _descriptors() == opened
 
@@ -186,7 +224,7 @@ def test_an_error_fails_the_file_and_leaves_no_thread_writing(
 def test_both_threads_together_keep_to_the_rate(tmp_path: Path, memory: memoryview) -> None:
     file = FileJob("f", 33 * MIB, own=True, segments=(Segment(0, 0, 33 * MIB),))
     began = time.monotonic()
-    worker._write_file(tmp_path / "f", file, memory, None, worker.Pace(66 * MIB))
+    worker._write_file(tmp_path / "f", file, {None: memory}, None, worker.Pace(66 * MIB))
     assert time.monotonic() - began >= 0.5
     assert (tmp_path / "f").read_bytes() == memory[: 33 * MIB]
 

@@ -261,8 +261,8 @@ class Ckptmgr(Peer):
             series.append(Series("hf", HuggingFace(), keep=KeepLast(1)))
         self._manager = CheckpointManager(self.folder / "run", series=series, **extra)
         self._series = [one.name for one in series]
-        for name in self._series:
-            self._manager.warm_up(self._of(name), series=name)
+        # An export that is saved together with a checkpoint needs no memory of its own.
+        self._manager.warm_up(self._of(self._series[0]), series=self._series[0])
 
     def _of(self, series: str) -> dict[str, Any]:
         if series == "checkpoint":
@@ -270,9 +270,13 @@ class Ckptmgr(Peer):
         return {name: tensor for name, tensor in self.state.items() if name.startswith("model.")}
 
     def save(self, step: int) -> None:
-        self._pending = [
-            self._manager.save(step, self._of(name), series=name, **self._save_options) for name in self._series
-        ]
+        if len(self._series) > 1:
+            self._pending = list(
+                self._manager.save_together(step, {name: self._of(name) for name in self._series}).values()
+            )
+        else:
+            (name,) = self._series
+            self._pending = [self._manager.save(step, self._of(name), series=name, **self._save_options)]
 
     def done(self) -> bool:
         return all(pending.done() for pending in self._pending)
