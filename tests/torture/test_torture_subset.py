@@ -15,8 +15,7 @@ SWEEPS = {sweep.name: sweep for sweep in [*faults.sweeps(), *powerloss.sweeps()]
 #: Name of the sweep, and how many points of each transition.
 SUBSET = {
     "SIGKILL of all | dcp steady | 1": 1,
-    "SIGKILL of all | hf steady | 2": 1,
-    "SIGKILL of all | create | 1": 2,
+    "SIGKILL of all | create | 1": 1,
     "SIGKILL of the trainer only | dcp steady | 1": 1,
     "SIGKILL of one writer | hf overwrite | 1": 2,
     "SIGKILL of one writer | dcp steady | 2 | rank 1": 1,
@@ -28,7 +27,6 @@ SUBSET = {
     "EIO at close | hf overwrite | 1": 1,
     "EDQUOT once | hf overwrite | 1": 1,
     "ESTALE sticky | dcp steady | 1": 1,
-    "EIO once | hf overwrite | 2": 1,
     "SIGSTOP past a takeover | dcp overwrite | 1": 1,
     "SIGKILL of all | dcp overwrite | 1 | recovery after: GATHERED with a published directory": 2,
     "EIO once | hf steady | 1 | recovery after: COMMITTED with a stale meta.json and link": 2,
