@@ -19,7 +19,7 @@ from ckptmgr.commit import Job
 from ckptmgr.errors import CheckpointError, InvalidArgument
 from ckptmgr.ranks import FRAME, Ranks
 from ckptmgr.series import Series
-from ckptmgr.writers.arena import Arena
+from ckptmgr.writers.arena import Arena, memory_of
 from ckptmgr.writers.huggingface import HuggingFaceWriter
 from ckptmgr.writers.reading import Reading
 
@@ -182,16 +182,18 @@ class Capture:
         """What *job* has captured of *taken*, or is about to read; nothing if that has failed on this rank."""
         sources = self._writer.sources(taken)
         copies = self._layout.copies if job.cause is None else ()
-        places = {_memory(sources[copy.key]): copy.offset for copy in copies if sources[copy.key].dtype == copy.dtype}
+        places = {memory_of(sources[copy.key]): copy.offset for copy in copies if sources[copy.key].dtype == copy.dtype}
         reading = job.readings[0] if job.readings else None
-        return Loan(self._series.name, self.arena, reading, places, sources.values())
+        # Aliases: a parameter whose data is replaced meanwhile must not let its memory go.
+        alive = [tensor.detach() for tensor in sources.values()]
+        return Loan(self._series.name, self.arena, reading, places, alive)
 
     def _layout_beside(self, loan: Loan, sources: Mapping[object, torch.Tensor]) -> Any:
         """The layout without what is lent; the same object as long as the same is lent."""
         lent = {
             copy.key: loan.places[memory]
             for copy in self._layout.copies
-            if sources[copy.key].dtype == copy.dtype and (memory := _memory(sources[copy.key])) in loan.places
+            if sources[copy.key].dtype == copy.dtype and (memory := memory_of(sources[copy.key])) in loan.places
         }
         if not lent:
             return self._layout
@@ -224,14 +226,6 @@ class Capture:
         self.reading = reading
         reading.start()
         return reading
-
-
-def _memory(tensor: torch.Tensor) -> Any:
-    """Two living tensors for which this is the same have the same bytes. Nothing is equal to an empty one."""
-    if not tensor.numel():
-        return object()
-    is_view = (tensor.is_conj(), tensor.is_neg())
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), is_view
 
 
 def _watched(

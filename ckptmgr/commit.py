@@ -367,10 +367,11 @@ class Leader:
         Kept beside the journal because reading so many rows anew would take longer with every save. Nobody else
         changes them while this epoch is the newest, but for the pins.
         """
-        self._live: dict[str, dict[int, CheckpointRecord]] = {}
+        live: dict[str, dict[int, CheckpointRecord]] = {}
         for record in sorted(standing, key=lambda record: record.commit_seq or 0):
             if record.is_live:
-                self._live.setdefault(record.series, {})[record.step] = record
+                live.setdefault(record.series, {})[record.step] = record
+        self._live = live  # at once: the training thread looks at it
         self._let_go = {record.id: record.series for record in standing if record.retire_started_at is not None}
         #: What this manager has told the journal about each, so that it tells only what is new.
         self._decided: dict[int, tuple[str, tuple[str, ...]]] = {}

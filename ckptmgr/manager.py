@@ -504,6 +504,7 @@ class CheckpointManager:
         if self._ranks.rank == 0 and resumed.passed_over:
             why = "; ".join(f"{finding.id} {finding.text}" for finding in resumed.passed_over)
             log.warning("resuming from the older %s step %d: %s", series, resumed.step, why)
+        load.finish()
         self._ranks.all_or_none(load.error, f"loading {resumed.path}")
         if isinstance(state, MutableMapping):
             state.update(load.plain)
@@ -938,7 +939,7 @@ class _Choice:
 
 
 class _Load:
-    """Loads what was chosen into *state*, once it is called: its plain values, or what went wrong."""
+    """Loads the tensors of what was chosen, once it is called, and the rest by `finish`; or what went wrong."""
 
     def __init__(self, directory: Path, choice: _Choice, state: Mapping[str, Any], ranks: Ranks) -> None:
         self.files = {entry.path: entry.size for entry in choice.files}
@@ -946,12 +947,21 @@ class _Load:
         self.plain: dict[str, Any] = {}
         self.error: Exception | None = None
         self._directory, self._state, self._rank = directory, state, ranks.rank
+        self._hand_over: Callable[[], dict[str, Any]] | None = None
 
     def __call__(self) -> None:
         try:
-            self.plain = loading.read(
+            self._hand_over = loading.begin(
                 self._directory, self._state, self._rank, files=self.files, same_world=self.same_world
             )
+        except Exception as problem:  # noqa: BLE001 - told to every rank by who called
+            self.error = problem
+
+    def finish(self) -> None:
+        """Once nothing speaks against it: give the objects in the state what was read."""
+        try:
+            if self._hand_over is not None:
+                self.plain = self._hand_over()
         except Exception as problem:  # noqa: BLE001 - told to every rank by who called
             self.error = problem
 

@@ -50,16 +50,29 @@ _DTYPE = re.compile(r"[biufcSUVMm][0-9]{1,9}")
 _UNITS = ("generic", "Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns", "ps", "fs", "as")
 
 
+class OpenFile:
+    """A file that stays open for reading as long as somebody has this object; *descriptor* is duplicated."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = os.dup(descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class Source:
     """
-    Bytes that can be read anywhere: of an open file, from *offset* on, or in memory. It does not own the descriptor.
+    Bytes that can be read anywhere: of an open file, from *offset* on, or in memory. It owns no descriptor, but keeps a
+    `OpenFile`.
 
     Raises:
         ValueError: When bytes are asked for that are not there.
     """
 
-    def __init__(self, where: int | bytes, offset: int = 0, length: int | None = None) -> None:
-        self._where = where
+    def __init__(self, where: int | bytes | OpenFile, offset: int = 0, length: int | None = None) -> None:
+        self._owner = where
+        self._where = where = where.descriptor if isinstance(where, OpenFile) else where
         self._offset = offset
         size = os.fstat(where).st_size if isinstance(where, int) else len(where)
         self.length = size - offset if length is None else length

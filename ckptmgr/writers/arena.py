@@ -143,8 +143,9 @@ class Arena:
         self._end_warming()
         self._make_room(size)
         self._wanted.clear()
-        self._warming = threading.Thread(target=self._warm, name="ckptmgr-warm-up", daemon=True)
-        self._warming.start()
+        warming = threading.Thread(target=self._warm, name="ckptmgr-warm-up", daemon=True)
+        warming.start()
+        self._warming = warming
 
     def adopt(self, layout: Layout) -> None:
         """
@@ -371,6 +372,18 @@ class Arena:
     def _wait_for_gpus(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def memory_of(tensor: torch.Tensor) -> Any:
+    """
+    What is equal for two living tensors if they are the same bytes in memory.
+
+    Nothing is equal to that of an empty tensor, nor to that of a subclass, which may keep its values elsewhere.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or not tensor.data_ptr():
+        return object()
+    is_view = (tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), is_view
 
 
 def _cudart() -> Any:

@@ -70,7 +70,9 @@ class Piece:
         """
         at, span = self._span()
         target = self.target
-        as_stored = target.dtype is self.dtype and target.is_contiguous() and not (target.is_conj() or target.is_neg())
+        # A subclass may keep its values elsewhere, and take them by copy_ alone.
+        is_plain = type(target) is torch.Tensor and not (target.is_conj() or target.is_neg())
+        as_stored = is_plain and target.dtype is self.dtype and target.is_contiguous()
         if as_stored and target.device.type == "cpu" and span == target.numel() * self.dtype.itemsize:
             source.into(_memory(target), at)
             torch.autograd.graph.increment_version(target)
@@ -97,10 +99,16 @@ def in_parallel(tasks: Iterable[Callable[[], None]]) -> None:
     Raises:
         Exception: The first that a task raises; those that have not begun are left undone, none is left running.
     """
+    mode = torch.is_inference_mode_enabled()
+
+    def do(task: Callable[[], None]) -> None:
+        with torch.inference_mode(mode), torch.no_grad():  # a thread does not have its caller's modes
+            task()
+
     threads = max(2, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(threads, thread_name_prefix="ckptmgr-load") as pool:
         try:
-            futures = [pool.submit(task) for task in tasks]
+            futures = [pool.submit(do, task) for task in tasks]
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BaseException:

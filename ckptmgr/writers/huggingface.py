@@ -512,7 +512,7 @@ def _boxes(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
 
 
 def _alias(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or not tensor.data_ptr():  # a subclass that keeps its values elsewhere has no address
         return None
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.device), str(tensor.dtype))
 

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -32,13 +33,13 @@ from ckptmgr import reach
 from ckptmgr.errors import CorruptCheckpoint, StateMismatch
 from ckptmgr.writers import archives
 from ckptmgr.writers import state as states
-from ckptmgr.writers.archives import Source
-from ckptmgr.writers.arena import available_bytes
+from ckptmgr.writers.archives import OpenFile, Source
+from ckptmgr.writers.arena import available_bytes, memory_of
 from ckptmgr.writers.dcp import per_rank_name
 from ckptmgr.writers.filling import BLOCK_BYTES, Piece, in_parallel
 from ckptmgr.writers.index import read_index
 from ckptmgr.writers.mappings import MAPPINGS_NAME, MAX_MAPPINGS_BYTES, KeyPath, Mappings
-from ckptmgr.writers.templates import template
+from ckptmgr.writers.templates import data_offset
 
 #: Files that are open at the same time.
 _MOST_OPEN = 64
@@ -53,8 +54,15 @@ _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 def read(
     directory: Path, state: states.State, rank: int, *, files: Mapping[str, int], same_world: bool
 ) -> dict[str, Any]:
+    """`begin`, and the rest at once; returns the plain values."""
+    return begin(directory, state, rank, files=files, same_world=same_world)()
+
+
+def begin(
+    directory: Path, state: states.State, rank: int, *, files: Mapping[str, int], same_world: bool
+) -> Callable[[], dict[str, Any]]:
     """
-    Load a DCP checkpoint into *state*, in place, resharding to how *state* is sharded now.
+    Load the tensors of a DCP checkpoint into *state*, in place, resharding to how *state* is sharded now.
 
     Every rank reads for itself; no collective. Keys of the checkpoint that *state* does not ask for
     are ignored; what *state* asks for must be there. Nothing in the directory is trusted: PyTorch plans
@@ -62,13 +70,14 @@ def read(
 
     Args:
         directory: A committed checkpoint.
-        state: As given to ``save``; tensors are overwritten, objects get ``load_state_dict``.
+        state: As given to ``save``; tensors are overwritten.
         rank: Whose `PerRank` state to give back.
         files: The files that were committed and their bytes; nothing else is opened.
         same_world: Whether the number of ranks is the one that saved.
 
     Returns:
-        The plain values read, by name, for the caller to put where it wants.
+        What gives objects their ``load_state_dict`` and `PerRank` its value, and returns the plain values read, by
+        name, for the caller to put where it wants.
 
     Raises:
         StateMismatch: The checkpoint lacks something, or has it in another shape.
@@ -79,17 +88,20 @@ def read(
     if wanted and not same_world:
         raise StateMismatch(f"{sorted(wanted)} was saved by another number of ranks", missing=tuple(sorted(wanted)))
     stored = _read_per_rank(directory, rank, wanted, files) if wanted else {}
-    plain: dict[str, Any] = {}
-    if shared:
-        target = _read_shared(directory, shared, files)
+    target = _read_shared(directory, shared, files) if shared else {}
+
+    def hand_over() -> dict[str, Any]:
+        plain: dict[str, Any] = {}
         for name, value in shared.items():
             if isinstance(value, Stateful):
                 value.load_state_dict(target[name])
             else:
                 plain[name] = target[name]
-    for name, value in wanted.items():
-        value.give_back(stored[name])
-    return plain
+        for name, value in wanted.items():
+            value.give_back(stored[name])
+        return plain
+
+    return hand_over
 
 
 def _read_per_rank(directory: Path, rank: int, wanted: Iterable[str], files: Mapping[str, int]) -> dict[str, Any]:
@@ -129,17 +141,19 @@ def _read_shared(directory: Path, shared: Mapping[str, Any], files: Mapping[str,
         plan = planner.create_local_plan()
     except (RuntimeError, ValueError) as error:
         raise StateMismatch(f"the checkpoint does not fit: {error}", missing=()) from error
-    by_file: dict[str, list[ReadItem]] = {}
-    for item in sorted(plan.items, key=lambda item: planner.place(item).offset):
-        by_file.setdefault(planner.place(item).relative_path, []).append(item)
+    by_file: dict[str, list[_Wanted]] = {}
+    for one in sorted(planner.wanted(plan.items), key=lambda one: one.place.offset):
+        by_file.setdefault(one.place.relative_path, []).append(one)
     names = sorted(by_file)
     for start in range(0, len(names), _MOST_OPEN):
-        with contextlib.ExitStack() as opened:
-            tasks: list[Iterator[_Task]] = []
-            for name in names[start : start + _MOST_OPEN]:
-                descriptor = opened.enter_context(_opened(directory, name, files))
-                tasks.append(planner.tasks(by_file[name], descriptor, directory / name))
-            in_parallel(itertools.chain.from_iterable(tasks))
+        tasks: list[Iterator[_Task]] = []
+        for name in names[start : start + _MOST_OPEN]:
+            with _opened(directory, name, files) as descriptor:
+                # Open until the last of its tasks is gone, even where a second Ctrl-C has ended the wait for them.
+                file = OpenFile(descriptor)
+            tasks.append(planner.tasks(by_file[name], file, directory / name))
+            del file
+        in_parallel(itertools.chain.from_iterable(tasks))
     return target
 
 
@@ -233,22 +247,47 @@ def _own_key(mapping: Mapping[Any, Any], part: str | int, *, as_integer: bool) -
     return number if number is not None and (as_integer or number in mapping) else part
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What PyTorch planned to read, where it stands, and for a tensor where it goes."""
+
+    item: ReadItem
+    place: _StorageInfo
+    target: torch.Tensor | None
+
+    @property
+    def fqn(self) -> str:
+        return self.item.dest_index.fqn
+
+
 class _LoadPlanner(DefaultLoadPlanner):
     """PyTorch's planner, and what it planned, read without PyTorch's reader."""
 
     def __init__(self, mappings: Mappings) -> None:
         super().__init__()
         self._of_mappings = mappings
+        self._whole = threading.Lock()
 
-    def place(self, item: ReadItem) -> _StorageInfo:
-        """In which file the piece stands that *item* is of, and where."""
-        assert self.metadata is not None
-        place: _StorageInfo = self.metadata.storage_data[item.storage_index]
-        return place
-
-    def tasks(self, items: Iterable[ReadItem], descriptor: int, path: Path) -> Iterator[_Task]:
+    def wanted(self, items: Iterable[ReadItem]) -> Iterator[_Wanted]:
         """
-        Read *items* of one file, given in the order of their places in it.
+        What is to be read. Of what goes to one and the same memory, as it does where tensors are tied, the last.
+
+        They were stored with the same values, or had been no ties; then ranks must not differ in which one they take.
+        """
+        assert self.metadata is not None
+        found: dict[Any, _Wanted] = {}
+        for item in items:
+            is_tensor = isinstance(self.metadata.state_dict_metadata[item.dest_index.fqn], TensorStorageMetadata)
+            target = self.resolve_tensor(item).detach() if is_tensor else None
+            key = memory_of(target) if target is not None else object()
+            found[key] = _Wanted(item, self.metadata.storage_data[item.storage_index], target)
+        for device in {one.target.device for one in found.values() if one.target is not None and one.target.is_cuda}:
+            torch.cuda.synchronize(device)  # what is queued on the caller's stream must not come after what is loaded
+        return iter(found.values())
+
+    def tasks(self, wanted: Iterable[_Wanted], file: OpenFile, path: Path) -> Iterator[_Task]:
+        """
+        Read what is *wanted* of one file, given in the order of the places in it.
 
         Yields:
             What is left to do for tensors, by any thread and in any order. Small ones side by side are one task.
@@ -256,56 +295,54 @@ class _LoadPlanner(DefaultLoadPlanner):
         Raises:
             CorruptCheckpoint: What stands there is something else than the index says. The tasks raise it too.
         """
-        run: list[ReadItem] = []
-        for item in items:
-            place = self.place(item)
-            if not isinstance(self._about(item), TensorStorageMetadata):
-                loaded = archives.load(_source(descriptor, place, 0, path), f"{path}: {item.dest_index.fqn}")
-                _set(self.original_state_dict, self.mappings[item.dest_index.fqn], loaded, self._of_mappings)
-            elif place.length > _SMALL_BYTES:
-                yield from self._fill(item, _source(descriptor, place, 0, path), path)
+        run: list[_Wanted] = []
+        for one in wanted:
+            if one.target is None:
+                loaded = archives.load(_source(file, one.place, 0, path), f"{path}: {one.fqn}")
+                _set(self.original_state_dict, self.mappings[one.fqn], loaded, self._of_mappings)
+            elif one.place.length > _SMALL_BYTES:
+                yield from self._fill(one, one.target, _source(file, one.place, 0, path), path)
             else:
-                if run and not _is_close(self.place(run[0]), self.place(run[-1]), place):
-                    yield functools.partial(self._fill_run, run, descriptor, path)
+                if run and not _is_close(run[0].place, run[-1].place, one.place):
+                    yield functools.partial(self._fill_run, run, file, path)
                     run = []
-                run.append(item)
+                run.append(one)
         if run:
-            yield functools.partial(self._fill_run, run, descriptor, path)
+            yield functools.partial(self._fill_run, run, file, path)
 
-    def _about(self, item: ReadItem) -> Any:
-        assert self.metadata is not None
-        return self.metadata.state_dict_metadata[item.dest_index.fqn]
-
-    def _fill_run(self, items: Sequence[ReadItem], descriptor: int, path: Path) -> None:
-        first, last = (self.place(item) for item in (items[0], items[-1]))
+    def _fill_run(self, run: Sequence[_Wanted], file: OpenFile, path: Path) -> None:
+        first, last = run[0].place, run[-1].place
         whole = dataclasses.replace(first, length=last.offset + last.length - first.offset)
-        data = _reading(path, _source(descriptor, whole, 0, path).at, 0, whole.length)
-        for item in items:
-            for task in self._fill(item, _source(data, self.place(item), first.offset, path), path):
+        data = _reading(path, _source(file, whole, 0, path).at, 0, whole.length)
+        for one in run:
+            assert one.target is not None
+            for task in self._fill(one, one.target, _source(data, one.place, first.offset, path), path):
                 task()
 
-    def _fill(self, item: ReadItem, source: Source, path: Path) -> Iterator[_Task]:
-        """What is to do to read one item of a tensor from the archive in *source*."""
-        about = self._about(item)
-        dtype, sizes = about.properties.dtype, tuple(about.chunks[item.storage_index.index or 0].sizes)
-        target = self.resolve_tensor(item).detach()
-        ours = template(dtype, sizes) if math.prod(sizes) * dtype.itemsize <= source.length else None
-        if ours is not None and _reading(path, ours.is_around, source):
-            piece = Piece(ours.data_offset, dtype, sizes, tuple(item.storage_offsets), target)
+    def _fill(self, one: _Wanted, target: torch.Tensor, source: Source, path: Path) -> Iterator[_Task]:
+        """What is to do to read one tensor, or a part of it, from the archive in *source*."""
+        assert self.metadata is not None
+        about = self.metadata.state_dict_metadata[one.fqn]
+        assert isinstance(about, TensorStorageMetadata)
+        dtype, sizes = about.properties.dtype, tuple(about.chunks[one.item.storage_index.index or 0].sizes)
+        offsets = tuple(one.item.storage_offsets)
+        at = _reading(path, data_offset, source, dtype, sizes)
+        if at is not None:
+            piece = Piece(at, dtype, sizes, offsets, target)
             return (functools.partial(_reading, path, block.fill, source) for block in piece.blocks())
-        piece = Piece(0, dtype, sizes, tuple(item.storage_offsets), target)
-        return iter([functools.partial(_fill_by_any_other, piece, source, path, item.dest_index.fqn)])
+        piece = Piece(0, dtype, sizes, offsets, target)
+        return iter([functools.partial(self._fill_by_any_other, piece, source, path, one.fqn)])
+
+    def _fill_by_any_other(self, piece: Piece, source: Source, path: Path, fqn: str) -> None:
+        """Read an archive that is laid out in another way than ours, as one that another version of PyTorch wrote."""
+        with self._whole:  # it is in memory as a whole, so one at a time
+            loaded = archives.load(source, f"{path}: {fqn}")
+            if not isinstance(loaded, torch.Tensor) or loaded.dtype is not piece.dtype or loaded.shape != piece.sizes:
+                raise _corrupt(path, f"the piece of {fqn} is another than .metadata says")
+            piece.target.copy_(narrow_tensor_by_index(loaded.detach(), piece.offsets, piece.target.shape))
 
 
 _Task = Callable[[], None]
-
-
-def _fill_by_any_other(piece: Piece, source: Source, path: Path, fqn: str) -> None:
-    """Read an archive that is laid out in another way than ours, as one that another version of PyTorch wrote."""
-    loaded = archives.load(source, f"{path}: {fqn}")
-    if not isinstance(loaded, torch.Tensor) or loaded.dtype is not piece.dtype or loaded.shape != piece.sizes:
-        raise _corrupt(path, f"the piece of {fqn} is another than .metadata says")
-    piece.target.copy_(narrow_tensor_by_index(loaded.detach(), piece.offsets, piece.target.shape))
 
 
 def _is_close(first: _StorageInfo, last: _StorageInfo, next_: _StorageInfo) -> bool:
@@ -314,7 +351,7 @@ def _is_close(first: _StorageInfo, last: _StorageInfo, next_: _StorageInfo) -> b
     return reads <= BLOCK_BYTES and next_.offset - last.offset - last.length <= _SMALL_GAP_BYTES
 
 
-def _source(where: int | bytes, place: _StorageInfo, begins: int, path: Path) -> Source:
+def _source(where: OpenFile | bytes, place: _StorageInfo, begins: int, path: Path) -> Source:
     """The bytes at *place*, of a file or of a part of it that begins at *begins*."""
     return _reading(path, Source, where, place.offset - begins, place.length)
 
@@ -322,5 +359,5 @@ def _source(where: int | bytes, place: _StorageInfo, begins: int, path: Path) ->
 def _reading(path: Path, read: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
     try:
         return read(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         raise _corrupt(path, f"{error}") from error

@@ -63,14 +63,14 @@ class Reading:
 
     def conclude(self) -> None:
         """
-        Once all is read: look for changes. What changes from now on is of no concern.
+        Once all is read, and not before: look for changes. What changes from now on is of no concern.
 
         An operation raises a counter when it ends. Called by a thread that does updates this leaves none out;
         called by another one, only those that have not ended until now, so that one calls late.
         """
         with self._changing:
-            if self._is_concluded:
-                return
+            if self._is_concluded or not self._is_read.is_set():
+                return  # one that still reads goes on looking, for whoever else waits for it
             names = [name for name, tensor, mark in self._marks if _mark(tensor) != mark]
             if self.error is None and names:
                 more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 from typing import Any
 
 import torch
@@ -57,9 +58,13 @@ class _Gap(io.RawIOBase):
 @functools.lru_cache(maxsize=4096)
 def template(dtype: torch.dtype, shape: tuple[int, ...]) -> Template:
     sink = _Gap()
-    # The tensor's memory is never touched: skip_data leaves its bytes out.
+    # Its memory is promised and never touched: skip_data leaves the bytes out. Of the CPU whatever the caller's
+    # default device is, and not by torch.empty, which fills it where algorithms are to be deterministic.
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
+    storage = torch.UntypedStorage(math.prod(shape) * dtype.itemsize, device="cpu")  # type: ignore[no-untyped-call]
+    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), sink)  # type: ignore[arg-type]
+        torch.save(tensor, sink)  # type: ignore[arg-type]
     merged: list[tuple[int, bytes]] = []
     for offset, data in sink.parts:
         if merged and merged[-1][0] + len(merged[-1][1]) == offset:
@@ -67,3 +72,11 @@ def template(dtype: torch.dtype, shape: tuple[int, ...]) -> Template:
         else:
             merged.append((offset, data))
     return Template(tuple(merged), sink.gap[0], sink.position)
+
+
+def data_offset(source: Source, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
+    """Where the bytes of a tensor stand in *source*; None if that is not the archive that would be written here."""
+    if math.prod(shape) * dtype.itemsize > source.length or max(shape, default=0) > source.length:
+        return None
+    archive = template(dtype, shape)
+    return archive.data_offset if archive.is_around(source) else None

@@ -470,13 +470,13 @@ def test_bytes_can_be_compared_while_they_are_loaded(
     open_manager: Open, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded: list[str] = []
-    real = loading.read
+    real = loading.begin
 
-    def read(directory: Path, *args: Any, **options: Any) -> dict[str, Any]:
+    def begin(directory: Path, *args: Any, **options: Any) -> Any:
         loaded.append(directory.name)
         return real(directory, *args, **options)
 
-    monkeypatch.setattr(loading, "read", read)
+    monkeypatch.setattr(loading, "begin", begin)
     with open_manager() as manager:
         for step in (1, 2):
             _save(manager, step, {"t": torch.full((1000,), float(step)), "at": step})

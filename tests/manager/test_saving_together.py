@@ -299,3 +299,58 @@ def test_a_state_that_changed_while_it_was_read_fails_both(open_manager: Open) -
             with pytest.raises(SaveFailed) as caught:
                 pending.wait(20)
             assert caught.value.failures[0].cause.startswith(StateChanged.__name__)
+
+
+def test_memory_that_a_parameter_lets_go_meanwhile_is_not_taken_for_what_lies_there_next(
+    open_manager: Open, run_dir: Path
+) -> None:
+    """An export whose state_dict puts other values in place, as a moving average does."""
+
+    class Swapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.full((1 << 18,), 1.0))
+
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            if swap:
+                self.w.data = torch.zeros(0)
+                self.w.data = torch.full((1 << 18,), 2.0)
+            return super().state_dict(*args, **options)
+
+    with open_manager(series=_series()) as manager:
+        for step in range(1, 6):
+            swap: list[int] = []
+            model = Swapped()
+
+            class Export(torch.nn.Module):
+                def __init__(self, inner: Swapped) -> None:
+                    super().__init__()
+                    self.inner = inner
+
+                def state_dict(self, *args: Any, **options: Any) -> Any:
+                    swap.append(1)  # noqa: B023
+                    return self.inner.state_dict(*args, **options)
+
+            _wait(manager.save_together(step, {"checkpoint": {"model": model}, "hf": {"model": Export(model)}}))
+            written = load_file(run_dir / "hf" / f"hf-{step}" / "model.safetensors")
+            assert {value for tensor in written.values() for value in tensor.unique().tolist()} == {2.0}
+
+
+def test_a_checkpoint_that_cannot_begin_does_not_blind_the_export_that_waits_for_the_same_read(
+    open_manager: Open, run_dir: Path
+) -> None:
+    with held_captures() as gate, open_manager(series=_series(), capture="overlap", on_failure="warn") as manager:
+        if (run_dir / "checkpoint").is_dir():
+            (run_dir / "checkpoint").rmdir()
+        (run_dir / "checkpoint").write_text("in the way")
+        weight = torch.ones(1000)
+        saved = manager.save_together(1, {"checkpoint": {"w": weight}, "hf": {"w": weight}})
+        checkpoint, export = saved["checkpoint"], saved["hf"]
+        assert checkpoint is not None
+        assert export is not None
+        with pytest.raises(SaveFailed):
+            checkpoint.wait()
+        weight.mul_(2)
+        gate.open()
+        with pytest.raises(SaveFailed, match="changed"):
+            export.wait()

@@ -853,6 +853,7 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(
                 "manager.py",
                 "        path = self._rundir.absolute(record.directory)\n        metrics =",
+                "        found = self._rundir.listing([record.series])\n"
                 "        listed = max((one for one in found if one.step is not None), key=lambda one: one.step or 0)\n"
                 "        record = dataclasses.replace(record, step=listed.step, directory=listed.path)\n"
                 "        path = self._rundir.absolute(record.directory)\n        metrics =",

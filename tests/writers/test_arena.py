@@ -17,7 +17,7 @@ import torch
 from one_rank import bits, dtypes, random_bits
 
 from ckptmgr.writers import arena as arenas
-from ckptmgr.writers.arena import Arena, Copy, Layout, aligned, runs_of_slice
+from ckptmgr.writers.arena import Arena, Copy, Layout, aligned, memory_of, runs_of_slice
 
 
 @pytest.fixture
@@ -422,3 +422,29 @@ def test_a_slice_of_a_row_major_tensor_is_few_runs():
     """One comb for a shard on an inner dimension, however long the outer one is; one run where it is contiguous."""
     assert runs_of_slice((1000, 8, 4), (0, 2, 0), (1000, 2, 4), 4) == [(32, 32, 1000, 128)]
     assert runs_of_slice((1000, 8, 4), (10, 0, 0), (5, 8, 4), 4) == [(1280, 640, 1, 0)]
+
+
+def test_a_background_that_cannot_begin_leaves_the_arena_as_usable_as_before(monkeypatch):
+    arena = Arena(0)
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            arena.warm_up_later(1 << 20)
+    arena.warm_up_later(2 << 20)
+    arena.close()
+
+
+def test_two_tensors_count_as_one_memory_only_where_that_is_certain():
+    tensor = torch.zeros(2, 3)
+    assert memory_of(tensor) == memory_of(torch.nn.Parameter(tensor.detach()))
+    for other in (tensor.t(), tensor[:1], tensor.view(torch.int32), torch.zeros(2, 3)):
+        assert memory_of(tensor) != memory_of(other)
+    assert memory_of(torch.zeros(0)) != memory_of(torch.zeros(0))
+    elsewhere = torch.zeros(2, device="meta")
+    assert memory_of(elsewhere) != memory_of(elsewhere)
+    kept = tensor.as_subclass(type("Kept", (torch.Tensor,), {}))
+    assert memory_of(kept) != memory_of(kept)

@@ -16,9 +16,10 @@ from one_rank import OneRank, random_bits, read, same_bits
 from torch.distributed.checkpoint import FileSystemReader
 
 from ckptmgr.errors import CorruptCheckpoint
-from ckptmgr.writers import archives, loading
+from ckptmgr.writers import archives, loading, templates
 from ckptmgr.writers.dcp import DCP
 from ckptmgr.writers.filling import BLOCK_BYTES
+from ckptmgr.writers.state import PerRank
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 #: Of float32: more than is read at once, more than counts as small, small, and none.
@@ -148,8 +149,8 @@ def test_files_of_many_ranks_are_read_with_few_of_them_open(rank, tmp_path, monk
     most, real = [0], loading.in_parallel
 
     def in_parallel(tasks: Any) -> None:
-        real(tasks)
         most.append(sum(_leads_to(link).endswith(".distcp") for link in Path("/proc/self/fd").iterdir()))
+        real(tasks)
 
     monkeypatch.setattr(loading, "in_parallel", in_parallel)
     target = {name: torch.zeros(100) for name in state}
@@ -163,3 +164,78 @@ def _leads_to(link: Path) -> str:
         return str(link.readlink())
     except FileNotFoundError:  # the listing's own
         return ""
+
+
+class Doubled(torch.Tensor):
+    """Keeps half of its values, in a tensor of its own, as quantised tensors keep something else."""
+
+    half: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, half: torch.Tensor) -> Doubled:
+        made = torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+        made.half = half
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        del types
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            args[0].half.copy_(args[1] / 2)
+            return args[0]
+        plain = [one.half * 2 if isinstance(one, cls) else one for one in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_tensor_that_keeps_its_values_elsewhere_takes_them(rank, tmp_path):
+    rank.save({"a": torch.full((4,), 6.0)}, tmp_path)
+    target = Doubled(torch.zeros(4))
+    read(tmp_path, {"a": target})
+    assert torch.equal(target.half, torch.full((4,), 3.0))
+
+
+def test_tied_tensors_that_were_stored_apart_take_the_last_one_always(rank, tmp_path):
+    stored = {name: torch.full((3 << 20,), value) for name, value in (("a", 1.0), ("b", 2.0))}
+    rank.save(stored, tmp_path)
+    for _ in range(10):
+        tied = torch.zeros(3 << 20)
+        read(tmp_path, {"a": tied, "b": tied})
+        assert torch.equal(tied, stored["b"])
+
+
+def test_the_callers_modes_and_default_device_do_not_matter(rank, tmp_path):
+    state = {"large": torch.rand(1 << 20), "small": torch.rand(3)}
+    rank.save(state, tmp_path)
+    with torch.inference_mode():
+        target = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.items()}
+        read(tmp_path, target)
+        assert all(torch.equal(target[name], tensor.double()) for name, tensor in state.items())
+    templates.template.cache_clear()
+    target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    with torch.device("meta"):
+        read(tmp_path, target)
+    assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
+    other = OneRank(DCP())
+    try:
+        other.save(state, tmp_path / "again")
+    finally:
+        other.close()
+    assert (tmp_path / "again" / "__0_0.distcp").read_bytes() == (tmp_path / "__0_0.distcp").read_bytes()
+
+
+def test_a_target_that_cannot_take_values_is_no_damage_of_the_checkpoint(rank, tmp_path):
+    rank.save({"a": torch.rand(4)}, tmp_path)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        read(tmp_path, {"a": torch.zeros(1).expand(4)})
+
+
+def test_nothing_is_handed_over_before_it_is_wanted(rank, tmp_path):
+    rank.save({"scheduler": {"at": 1}, "own": PerRank(5)}, tmp_path)
+    own, state = PerRank(0), {"scheduler": {"at": 0}}
+    files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    hand_over = loading.begin(tmp_path, {**state, "own": own}, 0, files=files, same_world=True)
+    assert own.value == 0
+    assert hand_over() == {"scheduler": {"at": 1}}
+    assert own.value == 5
