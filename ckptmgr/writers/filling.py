@@ -77,7 +77,7 @@ class Piece:
             source.into(_memory(target), at)
             torch.autograd.graph.increment_version(target)
             return
-        block = torch.empty(span // self.dtype.itemsize, dtype=self.dtype)
+        block = torch.empty(span // self.dtype.itemsize, dtype=self.dtype, device="cpu")
         source.into(_memory(block), at)
         target.copy_(block.as_strided(target.shape, self._strides()))
 
