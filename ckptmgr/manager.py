@@ -11,11 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import dataclasses
-import hashlib
 import logging
-import math
-import operator
 import os
 import signal
 import sys
@@ -31,9 +27,9 @@ from typing import Any, Literal, Self
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ckptmgr import recovery, verify
-from ckptmgr import resume as resumption
+from ckptmgr import recovery
 from ckptmgr.answers import PendingSave, Resumed
+from ckptmgr.calls import Calls, fingerprint, instance, metrics_of, one_of, step_of
 from ckptmgr.capture import Capture, Loan
 from ckptmgr.commit import AFTER_COMMIT, Committed, Job, Leader
 from ckptmgr.doctor import words_at_start
@@ -41,22 +37,20 @@ from ckptmgr.errors import (
     CheckpointError,
     InvalidArgument,
     ManagerClosed,
-    RanksDisagree,
     SaveFailed,
     SaveInFlight,
     StepAlreadySaved,
-    UnsafeResume,
     WaitTimeout,
 )
 from ckptmgr.finalizer import Finalizer, Ticks
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format
-from ckptmgr.manifest import FileEntry, is_text
 from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.ranks import Ranks
+from ckptmgr.restore import Restore, Restored
 from ckptmgr.rundir import RunDirectory
 from ckptmgr.series import Series, by_name
-from ckptmgr.writers import dcp, loading
+from ckptmgr.writers import dcp
 from ckptmgr.writers.arena import available_bytes
 from ckptmgr.writers.state import split
 
@@ -65,23 +59,9 @@ log = logging.getLogger("ckptmgr")
 OnFailure = Literal["raise", "warn", "terminate"]
 WhenBusy = Literal["wait", "skip", "raise"]
 CaptureMode = Literal["sync", "overlap"]
-#: Values of options, by the numbers with which ranks compare them.
-_OPTIONS = (False, True, "meanwhile")
 Hook = Callable[[Committed], Any]
 
 _GO, _SKIP, _BUSY, _SAVED = range(4)
-#: The calls that all ranks make together, and which arguments they must agree on besides series and step.
-_CALLS: dict[str, tuple[str, ...]] = {
-    "CheckpointManager": (),
-    "save": ("overwrite",),
-    "warm_up": (),
-    "resume": ("allow_older", "verify_digests"),
-}
-#: Integers that each rank brings to a call; the same for all calls, so that different ones can be told apart.
-_ROW = 9
-MAX_STEP = 10**15
-#: Mismatches of one verification that the journal keeps.
-_NOTED = 100
 
 
 class CheckpointManager:
@@ -134,24 +114,26 @@ class CheckpointManager:
     ) -> None:
         self._timeouts = timeouts if isinstance(timeouts, Timeouts) else Timeouts()
         self._ranks = Ranks(self._timeouts)
+        self._calls = Calls(self._ranks)
         try:
-            _instance("timeouts", timeouts, Timeouts | None)
-            _instance("writers", writers, WriterOptions | None)
-            _instance("permissions", permissions, Permissions | None)
-            _instance("run_dir", run_dir, str | os.PathLike)
-            _instance("journal", journal, str | os.PathLike | None)
-            hooks = [on_commit] if callable(on_commit) else list(_instance("on_commit", on_commit, Iterable))
+            instance("timeouts", timeouts, Timeouts | None)
+            instance("writers", writers, WriterOptions | None)
+            instance("permissions", permissions, Permissions | None)
+            instance("run_dir", run_dir, str | os.PathLike)
+            instance("journal", journal, str | os.PathLike | None)
+            hooks = [on_commit] if callable(on_commit) else list(instance("on_commit", on_commit, Iterable))
             if not all(callable(hook) for hook in hooks):
                 raise InvalidArgument(f"on_commit is {on_commit!r}; it must be a function, or several")
             self._series = by_name(series)
-            self._on_failure: OnFailure = _one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
-            self._when_busy: WhenBusy = _one_of("when_busy", when_busy, ("wait", "skip", "raise"))
-            self._overlap = _one_of("capture", capture, ("sync", "overlap")) == "overlap"
+            self._calls = Calls(self._ranks, list(self._series))
+            self._on_failure: OnFailure = one_of("on_failure", on_failure, ("raise", "warn", "terminate"))
+            self._when_busy: WhenBusy = one_of("when_busy", when_busy, ("wait", "skip", "raise"))
+            self._overlap = one_of("capture", capture, ("sync", "overlap")) == "overlap"
             self._rundir = RunDirectory(run_dir, journal, permissions=permissions)
             self._rundir.check_journal_path()
         except CheckpointError as error:
             try:
-                self._meet("CheckpointManager", (0,), error)
+                self._calls.meet("CheckpointManager", (0,), error)
             finally:
                 self._ranks.close()
             raise
@@ -309,9 +291,9 @@ class CheckpointManager:
         numbers: dict[str, float] = {}
         try:
             capture = self._capture_of(series)
-            step = _whole(step)
-            busy = _one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
-            numbers = _metrics(metrics) if self._ranks.rank == 0 else {}
+            step = step_of(step)
+            busy = one_of("when_busy", when_busy or self._when_busy, ("wait", "skip", "raise"))
+            numbers = metrics_of(metrics) if self._ranks.rank == 0 else {}
             previous = next(reversed(self._all_with(series)), None)
         except InvalidArgument as problem:
             error = problem
@@ -319,8 +301,8 @@ class CheckpointManager:
             taken, error = capture.take(state)
         changed = taken is None or not capture.is_planned(taken)
         word = self._rank_0_word(series, step, previous, busy, overwrite=overwrite) if error is None else _GO
-        call = self._call(series, step, overwrite)
-        anew, broken, word = self._meet("save", call, error, extra=(changed, self._ranks.broken, word))
+        call = self._calls.arguments(series, step, overwrite)
+        anew, broken, word = self._calls.meet("save", call, error, extra=(changed, self._ranks.broken, word))
         self._obey(word, series, step, previous)
         if word == _SKIP:
             return None, None
@@ -398,7 +380,7 @@ class CheckpointManager:
             for previous in self._all_with(series):
                 self._settle(previous)
             taken, error = capture.take(state)
-        self._meet("warm_up", self._call(series), error)
+        self._calls.meet("warm_up", self._calls.arguments(series), error)
         self._finish_reading()
         capture.plan(taken)
         try:
@@ -471,47 +453,37 @@ class CheckpointManager:
             self._capture_of(series)
             if self._series[series].format.kind is not Format.DCP:
                 raise InvalidArgument(f"series {series!r} holds exports; load them with from_pretrained")
-            step = None if step is None else _whole(step)
+            step = None if step is None else step_of(step)
             if type(verify_digests) is not bool and verify_digests != "meanwhile":
                 raise InvalidArgument(f"verify_digests is {verify_digests!r}, not True, False or 'meanwhile'")
             _, per_rank = split(state)
             strict = [name for name, value in per_rank.items() if value.when_resized == "refuse"]
         except InvalidArgument as problem:
             error = problem
-        self._meet("resume", self._call(series, step, allow_older, verify_digests), error)
+        self._calls.meet("resume", self._calls.arguments(series, step, allow_older, verify_digests), error)
         for previous in self._all_with(series):
             # What it commits is the newest, and what it retires must not be deleted while it is read.
             self._settle(previous)
         self._finish_reading()
-        verified: dict[int, tuple[str, ...]] = {}
-        while True:
-            decided: _Choice | None = None
-            if self._ranks.rank == 0:
-                try:
-                    decided = self._choose(series, step, strict, verified, allow_older=allow_older)
-                except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
-                    error = problem
-            self._ranks.all_or_none(error, f"choosing what to resume from {series}")
-            choice: _Choice | None = self._ranks.broadcast(decided)
-            if choice is None:
-                return None
-            resumed = choice.resumed
-            load = _Load(self._rundir.absolute(choice.directory), choice, state, self._ranks)
-            if not (wrong := self._load_what_is_intact(choice, load, verify_digests)):
-                break
-            # One that turns out to be damaged is judged again with what is known now.
-            verified[resumed.checkpoint_id] = wrong
-        if self._ranks.rank == 0 and resumed.passed_over:
-            why = "; ".join(f"{finding.id} {finding.text}" for finding in resumed.passed_over)
-            log.warning("resuming from the older %s step %d: %s", series, resumed.step, why)
-        load.finish()
-        self._ranks.all_or_none(load.error, f"loading {resumed.path}")
+        restore = Restore(
+            self._ranks,
+            self._rundir,
+            # A quarter: ranks that read wait for each other as in any other call, and must not pass for missing.
+            meet_every_s=self._timeouts.collective_s / 4,
+            journal=self._journal,
+            leader=self._leader,
+        )
+        restored = restore.run(
+            state, series, step, strict=strict, allow_older=allow_older, verify_digests=verify_digests
+        )
+        if restored is None:
+            return None
         if isinstance(state, MutableMapping):
-            state.update(load.plain)
-        self._warm_up_later(self._captures[series], load)
-        return resumed
+            state.update(restored.plain)
+        self._warm_up_later(self._captures[series], restored)
+        return restored.resumed
 
-    def _warm_up_later(self, capture: Capture, load: _Load) -> None:
+    def _warm_up_later(self, capture: Capture, restored: Restored) -> None:
         """
         Have memory ready for the next save: as much as the checkpoint took that was loaded.
 
@@ -520,7 +492,9 @@ class CheckpointManager:
         """
         ranks = self._ranks
         try:
-            size = dcp.arena_bytes(load.files, ranks.rank, world_size=ranks.world_size, same_world=load.same_world)
+            size = dcp.arena_bytes(
+                restored.files, ranks.rank, world_size=ranks.world_size, same_world=restored.same_world
+            )
             if size <= available_bytes() // (2 * ranks.on_this_host):
                 capture.arena.warm_up_later(size)
             else:
@@ -572,7 +546,7 @@ class CheckpointManager:
     def _set_up(self, hooks: Sequence[Hook], options: WriterOptions) -> None:
         about = [(one.name, one.format.kind) for one in self._series.values()]
         agreed = (about, self._on_failure, self._when_busy, self._overlap, self._timeouts, self._rundir.permissions)
-        self._meet("CheckpointManager", (_fingerprint(*agreed),), None)
+        self._calls.meet("CheckpointManager", (fingerprint(*agreed),), None)
         error: Exception | None = None
         if self._ranks.rank == 0:
             try:
@@ -687,48 +661,6 @@ class CheckpointManager:
         finally:
             self._busy.release()
 
-    def _meet(
-        self, call: str, arguments: Sequence[int], error: Exception | None, *, extra: Sequence[int] = ()
-    ) -> list[int]:
-        """
-        Begin a call together: all ranks make the same one, with the same arguments, or all raise. All ranks must call.
-
-        Returns:
-            The highest of every rank's *extra* integers.
-
-        Raises:
-            RanksDisagree: The ranks called different things.
-            CheckpointError: A rank has an *error*; as in `Ranks.all_or_none`.
-        """
-        calls = list(_CALLS)
-        mine = [calls.index(call), error is not None, len(extra), *extra, *arguments]
-        row = [int(value) for value in (*mine, *[0] * (_ROW - len(mine)))]
-        lowest, highest = self._ranks.agree(row)
-        if lowest[0] != highest[0]:
-            made = tuple(calls[one[0]] for one in self._ranks.rows(row))
-            raise RanksDisagree(f"the ranks make different calls: {', '.join(made)}", what="call", values=made)
-        if highest[1]:
-            self._ranks.all_or_none(error, call)
-        given = 3 + len(extra)
-        if lowest[given:] != highest[given:]:
-            values = tuple(self._spelled(call, *one[given:]) for one in self._ranks.rows(row))
-            raise RanksDisagree(f"the ranks call {call} with different arguments", what=call, values=values)
-        return highest[3:given]
-
-    def _call(self, series: str, step: int | None = None, *options: object) -> list[int]:
-        """A call's arguments as the ranks compare them; 0 stands for one that is missing, or wrong on this rank."""
-        number = list(self._series).index(series) + 1 if isinstance(series, str) and series in self._series else 0
-        return [number, step + 1 if isinstance(step, int) and 0 <= step < MAX_STEP else 0, *map(_number_of, options)]
-
-    def _spelled(self, call: str, first: int, step: int = 0, *options: int) -> str:
-        """Arguments made by `_call` in words; of a manager only a fingerprint passes between ranks."""
-        if call == "CheckpointManager":
-            return f"series, on_failure, when_busy, capture, timeouts and permissions #{first:x}"
-        words = [str(step - 1)] if step else []
-        words += [f"series={list(self._series)[first - 1]!r}"]
-        words += [f"{name}={_OPTIONS[value]!r}" for name, value in zip(_CALLS[call], options, strict=False)]
-        return f"{call}({', '.join(words)})"
-
     def _capture_of(self, series: str) -> Capture:
         if not isinstance(series, str) or series not in self._captures:
             raise InvalidArgument(f"there is no series {series!r}; there are {', '.join(self._series)}")
@@ -823,152 +755,6 @@ class CheckpointManager:
         self._ranks.agree([0])
         self._ranks.rebuild()
 
-    def _choose(
-        self,
-        series: str,
-        step: int | None,
-        strict: Sequence[str],
-        verified: Mapping[int, tuple[str, ...]],
-        *,
-        allow_older: bool,
-    ) -> _Choice | None:
-        """
-        Rank 0 only: which checkpoint to load, from the journal.
-
-        *verified* has what differs in those whose bytes were compared, by attempt; of the others the sizes are,
-        newest first, as far as it takes to find a safe one.
-        """
-        assert self._journal is not None
-        assert self._leader is not None
-        report, files = self._judged(
-            series, step, 1, self._leader.directories(series), strict=strict, verified=verified
-        )
-        if not report.newest_is_safe or report.chosen != self._leader.newest(series, step):
-            # Any answer but the one that is expected: only from a journal of which everything was compared again.
-            self._journal.require_intact()
-            known = self._journal.live_directories(series)
-            for count in resumption.looks(len(known)):
-                report, files = self._judged(series, step, count, known, strict=strict, verified=verified)
-                if report.chosen is not None:
-                    break
-        record = report.chosen
-        if report.verdict is resumption.Verdict.NONE and step is None:
-            return None
-        if record is None or not (report.newest_is_safe or allow_older):
-            errors = report.passed_over or report.findings
-            text = "; ".join(f"{finding.id} {finding.text}" for finding in errors[:3])
-            raise UnsafeResume(f"not resuming from {series}: {text}", report=report)
-        path = self._rundir.absolute(record.directory)
-        metrics = dict(record.metrics)
-        resumed = Resumed(series, record.step, path, record.world_size, metrics, record.id, report.passed_over)
-        return _Choice(resumed, record.directory, tuple(files[record.id]))
-
-    def _judged(
-        self,
-        series: str,
-        step: int | None,
-        newest: int,
-        known: frozenset[str],
-        *,
-        strict: Sequence[str],
-        verified: Mapping[int, tuple[str, ...]],
-    ) -> tuple[resumption.ResumeReport, Mapping[int, Sequence[FileEntry]]]:
-        """Rank 0 only: what the *newest* few are worth, and their files; *known* are the directories of all live."""
-        assert self._journal is not None
-        asked = resumption.asked_of(self._journal, series, step, newest)
-        looked = {r.directory: r for r in asked if r.is_live and step in (None, r.step)}
-        at = {r.directory: verified[r.id] for r in looked.values() if r.id in verified}
-        besides = known - looked.keys()
-        found = self._rundir.listing([series], sizes_for=looked.keys(), besides=besides)
-        files = {r.id: self._journal.files(r.id) for r in looked.values()}
-        report = resumption.check(
-            recovery.with_traces(self._journal, asked, found),
-            [dataclasses.replace(one, mismatches=at.get(one.path, one.mismatches)) for one in found],
-            series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
-            files=files, besides=besides,
-        )  # fmt: skip
-        return report, files
-
-    def _load_what_is_intact(
-        self, choice: _Choice, load: _Load, verify_digests: bool | Literal["meanwhile"]
-    ) -> tuple[str, ...]:
-        """Load, unless something differs; that is returned. All ranks must call."""
-        if verify_digests == "meanwhile":
-            return self._verify(choice, meanwhile=load)
-        wrong = self._verify(choice) if verify_digests else ()
-        if not wrong:
-            load()
-        return wrong
-
-    def _verify(self, choice: _Choice, meanwhile: Callable[[], None] | None = None) -> tuple[str, ...]:
-        """What differs in a checkpoint from what was committed, every byte of it. All ranks must call."""
-        as_saved = choice.resumed.world_size == self._ranks.world_size
-        # A quarter: ranks that read wait for each other as in any other call, and must not pass for missing.
-        often = self._timeouts.collective_s / 4
-        wrong = verify.together(
-            self._ranks,
-            self._rundir,
-            choice.directory,
-            choice.files,
-            as_saved=as_saved,
-            meet_every_s=often,
-            meanwhile=meanwhile,
-        )
-        if self._ranks.rank == 0:
-            self._note_verification(choice.resumed.checkpoint_id, wrong)
-        return wrong
-
-    def _note_verification(self, checkpoint_id: int, mismatches: Sequence[str]) -> None:
-        assert self._journal is not None
-        try:
-            self._journal.record_verification(
-                checkpoint_id, level="digest", ok=not mismatches, mismatches=mismatches[:_NOTED]
-            )
-        except CheckpointError as problem:
-            # A full disk must not keep a run from resuming.
-            log.warning("the journal does not say that attempt %d was verified: %s", checkpoint_id, problem)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """What rank 0 has chosen: the answer if all goes well, its directory below the run's, and its files."""
-
-    resumed: Resumed
-    directory: str
-    files: tuple[FileEntry, ...]
-
-
-class _Load:
-    """Loads the tensors of what was chosen, once it is called, and the rest by `finish`; or what went wrong."""
-
-    def __init__(self, directory: Path, choice: _Choice, state: Mapping[str, Any], ranks: Ranks) -> None:
-        self.files = {entry.path: entry.size for entry in choice.files}
-        self.same_world = choice.resumed.world_size == ranks.world_size
-        self.plain: dict[str, Any] = {}
-        self.error: Exception | None = None
-        self._directory, self._state, self._rank = directory, state, ranks.rank
-        self._hand_over: Callable[[], dict[str, Any]] | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._hand_over = loading.begin(
-                self._directory, self._state, self._rank, files=self.files, same_world=self.same_world
-            )
-        except Exception as problem:  # noqa: BLE001 - told to every rank by who called
-            self.error = problem
-
-    def finish(self) -> None:
-        """Once nothing speaks against it: give the objects in the state what was read."""
-        try:
-            if self._hand_over is not None:
-                self.plain = self._hand_over()
-        except Exception as problem:  # noqa: BLE001 - told to every rank by who called
-            self.error = problem
-
-
-def _number_of(option: object) -> int:
-    return _OPTIONS.index(option) if isinstance(option, str) and option in _OPTIONS else int(bool(option))
-
 
 def _as_one(failures: Sequence[SaveFailed]) -> SaveFailed:
     """The first of *failures* with a note of each other one; a new one, so that its traceback is the caller's alone."""
@@ -976,48 +762,6 @@ def _as_one(failures: Sequence[SaveFailed]) -> SaveFailed:
     for other in failures[1:]:
         first.add_note(f"and: {other}")
     return first
-
-
-def _instance(name: str, value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        raise InvalidArgument(f"{name} is {value!r}, a {type(value).__name__}", hint="see `help(CheckpointManager)`")
-    return value
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise InvalidArgument(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-    return value
-
-
-def _whole(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except Exception:  # noqa: BLE001 - as for metrics
-        number = -1
-    if isinstance(step, bool) or not 0 <= number < MAX_STEP:
-        raise InvalidArgument(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP - 1}")
-    return number
-
-
-def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise InvalidArgument(f"metrics is {metrics!r}; it must be a mapping of names to numbers")
-    numbers: dict[str, float] = {}
-    for name, value in (metrics or {}).items():
-        try:
-            number = float(value)
-        except Exception:  # noqa: BLE001 - a tensor refuses as it likes, and the other ranks wait to hear of it
-            number = math.nan
-        if not is_text(name) or not math.isfinite(number):
-            raise InvalidArgument(f"metric {name!r} is {value!r}; metrics are names with finite numbers")
-        numbers[name] = number
-    return numbers
-
-
-def _fingerprint(*values: Any) -> int:
-    """A number that is the same on every rank for the same *values*."""
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "big")
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,8 @@ LAYERS = [
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},
     {"series", "commit", "doctor"},
-    {"answers", "capture", "finalizer", "verify"},
+    {"answers", "calls", "capture", "finalizer", "verify"},
+    {"restore"},
     {"manager", "cli"},
 ]
 ALSO = {

@@ -851,7 +851,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "resume takes every directory with a final or staging name for a checkpoint",
         (
             Edit(
-                "manager.py",
+                "restore.py",
                 "        path = self._rundir.absolute(record.directory)\n        metrics =",
                 "        found = self._rundir.listing([record.series])\n"
                 "        listed = max((one for one in found if one.step is not None), key=lambda one: one.step or 0)\n"
