@@ -34,6 +34,7 @@ def make(folder: Path, number: int) -> None:
     import torch
 
     from ckptmgr import CheckpointManager
+    from ckptmgr.restore import Restore
     from ckptmgr.journal import Journal
     from ckptmgr.rundir import RunDirectory
 
@@ -65,13 +66,14 @@ def measure(folder: Path, saves: int) -> dict[str, list[float]]:
     import torch
 
     from ckptmgr import CheckpointManager
+    from ckptmgr.restore import Restore
 
     logging.getLogger("ckptmgr").setLevel(logging.ERROR)
     run = folder / "run"
     found: dict[str, list[float]] = collections.defaultdict(list)
     on_training_thread = journal_clock()
     choosing: list[float] = []
-    clocked(CheckpointManager, "_choose", choosing.append)
+    clocked(Restore, "_choose", choosing.append)
     state = {"t": torch.zeros(1024)}
     began = time.perf_counter()
     with CheckpointManager(run) as manager:
