@@ -103,6 +103,20 @@ class Go:
     cause: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """
+    What the keep rule says once an attempt is committed.
+
+    *live* and *pinned* are what it was asked about; *news* are the decisions that the journal has not been told.
+    """
+
+    live: Mapping[int, CheckpointRecord]
+    pinned: frozenset[int]
+    plan: retention.RetentionPlan
+    news: Sequence[tuple[int, str, tuple[str, ...]]]
+
+
 @dataclasses.dataclass
 class Attempt:
     """One attempt as rank 0 leads it: its row, its walk through the states, what stands in staging already."""
@@ -110,6 +124,7 @@ class Attempt:
     record: CheckpointRecord
     lifecycle: Lifecycle
     prewritten: list[FileEntry] = dataclasses.field(default_factory=list)
+    planned: Planned | None = None
 
 
 class Leader:
@@ -197,6 +212,15 @@ class Leader:
             return None, Go("", cause=in_words(error))
         return attempt, Go(record.staging_directory, record.id)
 
+    def plan_ahead(self, attempt: Attempt, job: Job) -> None:
+        """
+        Ask the keep rule while the ranks write; with thousands of checkpoints it takes its time.
+
+        What goes wrong here is met again by the commit, which asks then, as it does if the answer is out of date.
+        """
+        with contextlib.suppress(Exception):
+            attempt.planned = self._plan(attempt.record, job.keep, self._journal.pinned(job.series))
+
     def commit(
         self,
         attempt: Attempt,
@@ -241,10 +265,11 @@ class Leader:
             replaces = self._journal.checkpoint(record.overwrites) if record.overwrites is not None else None
             self._rundir.publish(record, replaces)
             # Crash here: GATHERED and published durably; recovery commits it.
-            keep = self._plan(record, job.keep)
-            decisions = [one for one in keep.decisions if self._decided.get(one[0]) != one[1:]]
-            attempt.lifecycle.commit(commit_s=time.monotonic() - started, retire=keep.marks, decisions=decisions)
-            self._note_commit(record, keep)
+            planned = self._planned(attempt, job.keep)
+            attempt.lifecycle.commit(
+                commit_s=time.monotonic() - started, retire=planned.plan.marks, decisions=planned.news
+            )
+            self._note_commit(record, planned)
             # Crash here: COMMITTED with a stale meta.json and link; both are made anew at start.
         except Exception as error:
             log.exception("committing %s step %d failed", record.series, record.step)
@@ -376,10 +401,10 @@ class Leader:
         #: What this manager has told the journal about each, so that it tells only what is new.
         self._decided: dict[int, tuple[str, tuple[str, ...]]] = {}
 
-    def _note_commit(self, record: CheckpointRecord, keep: retention.RetentionPlan) -> None:
+    def _note_commit(self, record: CheckpointRecord, planned: Planned) -> None:
         """What `_remember` would find now."""
         live = self._live.setdefault(record.series, {})
-        for gone in keep.drop:
+        for gone in planned.plan.drop:
             del live[gone.record.step]
             self._let_go[gone.record.id] = record.series
             self._decided.pop(gone.record.id, None)
@@ -388,7 +413,7 @@ class Leader:
             self._decided.pop(record.overwrites, None)
         live.pop(record.step, None)
         live[record.step] = self._journal.checkpoint(record.id)
-        self._decided.update((one.record.id, ("keep", one.reasons)) for one in keep.keep)
+        self._decided.update((id, (word, reasons)) for id, word, reasons in planned.news if word == "keep")
 
     def _retiring(self, series: str) -> list[CheckpointRecord]:
         """What *series* has let go and still has to delete, as the journal has it now."""
@@ -398,10 +423,19 @@ class Leader:
                 self._let_go.pop(row.id, None)
         return [row for row in rows if row.retire_started_at is not None and row.retired_at is None]
 
-    def _plan(self, record: CheckpointRecord, rule: KeepRule) -> retention.RetentionPlan:
-        """What the keep rule says once *record* is committed; nothing is let go by what a damaged journal says."""
-        live = self._live.get(record.series, {})
+    def _planned(self, attempt: Attempt, rule: KeepRule) -> Planned:
+        """What the keep rule says now; nothing is let go by what a damaged journal says."""
+        record, planned = attempt.record, attempt.planned
         pinned = self._journal.pinned(record.series)
+        if planned is None or planned.live is not self._live.get(record.series) or planned.pinned != pinned:
+            planned = self._plan(record, rule, pinned)
+        leaving = [gone.record.id for gone in planned.plan.drop]
+        self._journal.require_intact(leaving if record.overwrites is None else [*leaving, record.overwrites])
+        return planned
+
+    def _plan(self, record: CheckpointRecord, rule: KeepRule, pinned: frozenset[int]) -> Planned:
+        """What the keep rule says once *record* is committed."""
+        live = self._live.get(record.series, {})
         for step, other in live.items():
             if other.pinned != (step in pinned):
                 live[step] = dataclasses.replace(other, pinned=step in pinned)
@@ -412,9 +446,8 @@ class Leader:
         )
         others = [other for other in live.values() if other.id != record.overwrites]
         plan = retention.plan([*others, committed], rule, now=now)
-        leaving = [gone.record.id for gone in plan.drop]
-        self._journal.require_intact(leaving if record.overwrites is None else [*leaving, record.overwrites])
-        return plan
+        news = [one for one in plan.decisions if self._decided.get(one[0]) != one[1:]]
+        return Planned(live, pinned, plan, news)
 
     def _retire(self, series: str) -> None:
         try:

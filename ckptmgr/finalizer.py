@@ -222,7 +222,7 @@ class Finalizer:
         attempt, go = leader.begin(job, self._ranks.world_size, self._own_failure)
         ordered = time.monotonic()
         self._ranks.order(job.number, _GO, go, self._timeouts.collective_s)
-        mine = self._write(job, go)
+        mine = self._write(job, go, meanwhile=lambda: leader.plan_ahead(attempt, job) if attempt is not None else None)
         patience = self._timeouts.write_s + self._timeouts.gather_s
         asked = time.monotonic()
         written = self._ranks.collect(job.number, _WRITTEN, mine, patience, frame=job.frame)
@@ -324,9 +324,9 @@ class Finalizer:
 
     # -- all ranks ----------------------------------------------------------------------------------
 
-    def _write(self, job: Job, go: Go) -> _Written:
+    def _write(self, job: Job, go: Go, meanwhile: Callable[[], object] = lambda: None) -> _Written:
         try:
-            answer = self._have_written(job, go)
+            answer = self._have_written(job, go, meanwhile)
         except Exception as error:  # a trainer without a descriptor left, say: it belongs into the report
             log.exception("cannot have %s step %d written", job.series, job.step)
             answer = Answer(cause=in_words(error))
@@ -338,7 +338,7 @@ class Finalizer:
             return _Written(dataclasses.replace(answer, files=(), cause=answer.cause[:MAX_CAUSE]), None, job.stage_s)
         return _Written(answer, job.report, job.stage_s)
 
-    def _have_written(self, job: Job, go: Go) -> Answer:
+    def _have_written(self, job: Job, go: Go, meanwhile: Callable[[], object]) -> Answer:
         answer = Answer(cause=go.cause or job.cause)
         # One limit for all that the writer does, or a rank that is still waiting for it would pass for silent.
         deadline = time.monotonic() + self._timeouts.write_s
@@ -358,7 +358,11 @@ class Finalizer:
                 slots=self._slots, write_slots=self._options.write_slots, slot_timeout_s=0.9 * self._timeouts.write_s,
                 max_bytes_per_second=self._options.max_bytes_per_second,
             )  # fmt: skip
-            answer = Answer(cause=cause) if cause is not None else self._writer.do(write, deadline - time.monotonic())
+            answer = (
+                Answer(cause=cause)
+                if cause is not None
+                else self._writer.do(write, deadline - time.monotonic(), meanwhile=meanwhile)
+            )
         return answer
 
     def _await_reading(self, job: Job, reading: Reading) -> str | None:

@@ -644,9 +644,14 @@ class RunDirectory:
         for name in names:
             of_series = sorted((r for r in live if r.series == name), key=lambda r: r.commit_seq or 0)
             body[f"{name}_list"] = [record.directory for record in of_series]
-        text = json.dumps(body, indent=2) + "\n"
-        if self.read_meta() != body:
-            self._replace(META_NAME, text.encode(), scratch=f".{META_NAME}.new")
+        # A line for each: `indent` would write the same by Python's slow encoder.
+        text = (json.dumps(body, separators=(",\n", ": ")) + "\n").encode()
+        try:
+            is_current = reach.read(self.path / META_NAME, MAX_META_BYTES) == text
+        except (OSError, CorruptCheckpoint):
+            is_current = False
+        if not is_current:
+            self._replace(META_NAME, text, scratch=f".{META_NAME}.new")
 
     def read_meta(self) -> Mapping[str, Any] | None:
         """What ``meta.json`` says, or None if it is missing or unreadable. Nothing is decided by it."""

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
@@ -83,20 +84,26 @@ class WriterProcess:
             self._mapped[arena.number] = arena.generation
         return answer.cause
 
-    def do(self, job: WriteJob | DigestJob, timeout_s: float) -> Answer:
+    def do(
+        self, job: WriteJob | DigestJob, timeout_s: float, *, meanwhile: Callable[[], object] = lambda: None
+    ) -> Answer:
         """
         Have a job done by the process that `start` or `share` found running, in at most *timeout_s* seconds.
+
+        *meanwhile* is called while it is at work, raises nothing, and counts into that time.
 
         A failure is an answer with a cause. A process that has died meanwhile is not replaced here: a
         new one would not have the arena that the job reads.
         """
         if self._pipe is None:
             return Answer(cause="the writer process is not running")
+        deadline = time.monotonic() + timeout_s
         try:
             self._pipe.send(job)
         except OSError as error:
             return Answer(cause=self._give_up(f"the writer process is gone: {error}"))
-        return self._receive(timeout_s)
+        meanwhile()
+        return self._receive(deadline - time.monotonic())
 
     def stop(self, timeout_s: float) -> None:
         """End the process: ask, wait up to *timeout_s* seconds, kill. Nothing of it is left on return."""

@@ -282,8 +282,8 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit("commit.py", "            self._rundir.publish(record, replaces)\n", ""),
             Edit(
                 "commit.py",
-                "            self._note_commit(record, keep)\n",
-                "            self._rundir.publish(record, replaces)\n            self._note_commit(record, keep)\n",
+                "            self._note_commit(record, planned)\n",
+                "            self._rundir.publish(record, replaces)\n            self._note_commit(record, planned)\n",
             ),
         ),
         (
@@ -337,10 +337,10 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "commit.py",
-                "            attempt.lifecycle.commit(commit_s=",
-                "            for gone in keep.drop:\n"
+                "            attempt.lifecycle.commit(\n",
+                "            for gone in planned.plan.drop:\n"
                 "                self._rundir.retire(gone.record)\n"
-                "            attempt.lifecycle.commit(commit_s=",
+                "            attempt.lifecycle.commit(\n",
             ),
         ),
         (
@@ -354,8 +354,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "commit.py",
-                "            keep = self._plan(record, job.keep)\n",
-                "            keep = self._plan(record, job.keep)\n"
+                "            planned = self._planned(attempt, job.keep)\n",
+                "            planned = self._planned(attempt, job.keep)\n"
                 "            live = self._journal.checkpoints(live_only=True)\n"
                 "            self._rundir.write_meta(self._journal.run_id, [*live, record], self._series)\n",
             ),

@@ -27,7 +27,9 @@ from ckptmgr import (
     Timeouts,
     UnsafeResume,
     WriterOptions,
+    commit,
     durable,
+    retention,
 )
 from ckptmgr.cli import main
 from ckptmgr.cli.check import judge
@@ -291,6 +293,30 @@ def test_a_pin_of_another_moment_counts_at_the_next_commit(tmp_path: Path) -> No
         assert [record.step for record in manager._journal.checkpoints(live_only=True)] == [0, 2]
         save(manager, 3)
         assert [record.step for record in manager._journal.checkpoints(live_only=True)] == [3]
+
+
+def test_the_keep_rule_is_asked_while_the_ranks_write_and_again_only_where_it_was_asked_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, publish, plan_ahead = retention.plan, RunDirectory.publish, commit.Leader.plan_ahead
+    asked: list[str] = []
+    monkeypatch.setattr(retention, "plan", lambda *args, **how: asked.append("plan") or plan(*args, **how))
+    monkeypatch.setattr(RunDirectory, "publish", lambda *args: asked.append("publish") or publish(*args))
+
+    def pinned_at_once(leader: commit.Leader, attempt: commit.Attempt, job: commit.Job) -> None:
+        plan_ahead(leader, attempt, job)
+        if job.step == 2:
+            leader._journal.pin("checkpoint", 1)
+
+    monkeypatch.setattr(commit.Leader, "plan_ahead", pinned_at_once)
+    with opened(tmp_path / "run", KeepLast(1)) as manager:
+        save(manager, 0)
+        asked.clear()
+        save(manager, 1)
+        assert asked == ["plan", "publish"]
+        save(manager, 2)
+        assert asked[2:] == ["plan", "publish", "plan"]
+        assert [record.step for record in manager._journal.checkpoints(live_only=True)] == [1, 2]
 
 
 def _full(*_: object, **__: object) -> None:
