@@ -3,7 +3,6 @@ A trainer in a process of its own, that does what it is told line by line.
 
     save 5 …        save these steps, one after the other, and wait for each
     saving          save on and on, each step a little later than the last, until it is told something else
-    overwriting 5   begin to overwrite a step with assets that take until ``go`` stands beside the run
     resume 5        resume from a step
     hooks 3         from now on hooks take that many seconds
     close           close the manager
@@ -121,7 +120,7 @@ def train(run: Path, keep: str, die_at: str, look_every_s: str) -> None:
             yield step
             step += 1
 
-    rule = eval(keep, vars(retention))  # noqa: S307 — a test's own words
+    rule = eval(keep, vars(retention))
     with CheckpointManager(
         run, [Series("checkpoint", DCP(), keep=rule)], on_commit=lambda _: time.sleep(hooks_take_s)
     ) as manager:
