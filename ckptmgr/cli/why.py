@@ -193,7 +193,7 @@ def print_case(out: Output, case: Case) -> None:
     out.line(
         f"{record.series} step {record.step}, attempt {record.id}: ",
         Painted(case.verdict, _COLOURS.get(case.verdict, "dim")),
-        f" ({describe.state(record).text})",
+        f" ({record.state.value})",
     )
     for reason in case.reasons or ("no retention decision has been made about it yet",):
         out.line(f"  because    {reason}")
@@ -213,6 +213,8 @@ def print_case(out: Output, case: Case) -> None:
         out.line(
             f"  decided    {when(decision.at)}, {decision.verdict}, by the commit of step {by.step} (attempt {by.id})"
         )
+    if case.verdict == KEPT:
+        out.line("  on disk    names and sizes are as committed")
     for finding in case.findings:
         out.line(f"  finding    {finding.level.value} {finding.id}: {finding.text}")
         if finding.hint:
