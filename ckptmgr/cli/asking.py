@@ -30,6 +30,8 @@ TIMEOUT_S = 60.0
 #: What a request that was taken at the last moment gets besides, in seconds.
 GRACE_S = 10.0
 POLL_S = 0.2
+#: How often it is seen whether the run lock is free: the end of a manager that no row of the journal tells.
+TRY_LOCK_S = 2.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,7 @@ def carry_out(
         What became of it, and the manager that did it, in words; None if it was done here.
 
     Raises:
+        CheckpointError: As of `target.changing`, or of *here*.
         RunLocked: Another command has the run, or the manager gave no answer in time.
         JournalError: The manager refused.
     """
@@ -89,7 +92,10 @@ def carry_out(
             raise locked
         answer = _ask(rundir, out, locked, asked, deadline=deadline, timeout_s=timeout_s)
         if answer is not None and answer.outcome == requests.REFUSED:
-            raise JournalError(f"{locked.holder} refused: {answer.text}", hint="nothing was changed")
+            raise JournalError(
+                f"{locked.holder} refused: {answer.text}; nothing was changed",
+                hint="run `ckptmgr ls RUN` to see the run as it is now",
+            )
         if answer is not None:
             return answer, locked.holder
         # Whom it would have been asked of is starting, or gone.
@@ -115,11 +121,16 @@ def _ask(
         )  # fmt: skip
         requests.ask(rundir.path, request, rundir.permissions)
         out.note(f"the run is in use by {locked.holder}; asking it")
+        try_lock_at = time.monotonic() + TRY_LOCK_S
         try:
             while True:
                 if (answer := requests.answer_to(rundir.path, request.id)) is not None:
                     return answer
-                if target.live_epoch(journal) != epoch:
+                gone = target.live_epoch(journal) != epoch
+                if not gone and time.monotonic() >= try_lock_at:
+                    gone = _is_free(rundir, f"ckptmgr {request.kind}")
+                    try_lock_at = time.monotonic() + TRY_LOCK_S
+                if gone:
                     requests.withdraw(rundir.path, request.id)
                     return requests.answer_to(rundir.path, request.id)
                 left = deadline - time.monotonic()
@@ -136,6 +147,15 @@ def _ask(
         finally:
             out.progress(None)
             requests.withdraw(rundir.path, request.id)
+
+
+def _is_free(rundir: RunDirectory, command: str) -> bool:
+    """Whether nobody has the run any more: a zombie, or a process on another host, may look alive in the journal."""
+    try:
+        with target.locked(rundir, command):
+            return True
+    except RunLocked:
+        return False
 
 
 def _silent(locked: RunLocked, timeout_s: float, *, taken: bool) -> RunLocked:

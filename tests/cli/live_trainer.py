@@ -29,6 +29,7 @@ class Trainer:
 
     def __init__(self, run: Path, *, keep: str = "KeepAll()", die_at: str = "", look_every_s: float = 0.05) -> None:
         self.run = run
+        self.closed = False
         here = Path(__file__)
         paths = [str(here.parents[1]), *filter(None, sys.path)]
         self.process = subprocess.Popen(
@@ -58,6 +59,7 @@ class Trainer:
         """Tell it something, and wait until it is done."""
         self.begin(words)
         self.wait_for(f"did {words}")
+        self.closed = words == "close"
 
     def ended(self) -> int:
         """Wait for its end."""
@@ -73,7 +75,8 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None and self.process.poll() is None:
-            self.tell("close")
+            if not self.closed:
+                self.tell("close")
             assert self.ended() == 0
         self.process.kill()
         self.process.wait()
