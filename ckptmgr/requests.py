@@ -311,14 +311,18 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _text(body: Mapping[str, Any], name: str) -> str:
     value = body.get(name)
-    try:
-        if isinstance(value, str) and value.encode():
-            return value
-    except UnicodeEncodeError:
-        pass
-    if value == "" and name in ("note", "text"):
-        return ""
+    free = name in ("note", "text")
+    # No half of a character; and nothing that could steer a terminal where it goes into a log or a reason.
+    if isinstance(value, str) and (free or value) and (value.isprintable() or free) and _is_text(value):
+        return value
     raise InvalidArgument(f"{name} is {str(value)[:80]!a}, not a text")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return len(value.encode()) < MAX_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _whole(body: Mapping[str, Any], name: str) -> int:
