@@ -546,7 +546,8 @@ class Leader:
                 try:
                     answer = self._do_request(request)
                 except Exception as error:
-                    log.exception("refusing %s of %s, asked for by pid %d", request.kind, request.series, request.pid)
+                    foreseen = isinstance(error, CheckpointError | OSError)
+                    log.warning("refusing to %s %s: %s", request.kind, request.series, error, exc_info=not foreseen)
                     answer = dataclasses.replace(answer, text=in_words(error))
         # Crash here: a request is done and nobody has said so; who asked looks into the journal.
         requests.give(run, id, answer, self._rundir.permissions)
@@ -575,12 +576,12 @@ class Leader:
         """Let go what *rule* does not keep: marked in the journal, forgotten here, and no longer in ``meta.json``."""
         live = self._live.get(request.series, {})
         pinned = self._journal.pinned(request.series)
-        protected = {}
+        protected = {} if request.safe is None else {request.safe: requests.SAFE}
         if request.series in self._resumed:
-            protected[self._resumed[request.series]] = "resumed from, not superseded yet"
+            protected[self._resumed[request.series]] = requests.RESUMED
         attempt = self._journal.in_flight(request.series)
         if attempt is not None and attempt.overwrites is not None:
-            protected[attempt.overwrites] = "being overwritten"
+            protected[attempt.overwrites] = requests.OVERWRITTEN
         records = [dataclasses.replace(record, pinned=step in pinned) for step, record in live.items()]
         plan = retention.plan(records, rule, now=time.time(), protected=protected)
         leaving = [gone.record.id for gone in plan.drop]

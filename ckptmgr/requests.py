@@ -36,6 +36,8 @@ from ckptmgr.retention import KeepAny, KeepBest, KeepEvery, KeepFor, KeepLast, K
 
 DIRECTORY = ".ckptmgr-requests"
 PRUNE, PIN, UNPIN = "prune", "pin", "unpin"
+#: Why a prune keeps what no rule keeps, besides what `retention.plan` says itself.
+SAFE, OVERWRITTEN, RESUMED = "newest that is safe", "being overwritten", "resumed from, not superseded yet"
 DONE, REFUSED = "done", "refused"
 #: Of a request or an answer, in bytes: an answer says of each of a hundred thousand checkpoints why it stays.
 MAX_BYTES = 32 << 20
@@ -43,7 +45,8 @@ MAX_BYTES = 32 << 20
 _MOST = 10_000
 _MOST_RULES = 1000
 _ASKED = re.compile(r"([0-9a-f]{32})\.asked\Z")
-_OURS = re.compile(r"[0-9a-f]{32}\.(asked|taken|answered)\Z")
+#: What a manager that was killed leaves, or a command; but nothing that one may be about to rename.
+_LEFT = re.compile(r"(?:[0-9a-f]{32}\.(?:taken|answered)|\.[0-9a-f]{32}\.(?:withdrawn|answered\.new))\Z")
 _RULES: Mapping[str, type[KeepLast | KeepEvery | KeepBest | KeepFor]] = {
     "last": KeepLast,
     "every": KeepEvery,
@@ -57,7 +60,8 @@ class Request:
     """
     What a command asks of the manager of *epoch*. Times are Unix seconds.
 
-    *rule* is for PRUNE; *step* and *note* are for PIN and UNPIN. After *deadline* nobody waits for it any more.
+    *rule* is for PRUNE, and *safe* is what it must not let go: the newest checkpoint that the command has found safe to
+    resume from. *step* and *note* are for PIN and UNPIN. After *deadline* nobody waits for it any more.
     """
 
     kind: str
@@ -68,6 +72,7 @@ class Request:
     asked_at: float
     deadline: float
     rule: KeepRule | None = None
+    safe: int | None = None
     step: int | None = None
     note: str = ""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -147,6 +152,8 @@ def answer_to(run: Path, id: str) -> Answer | None:
         data = reach.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
+    except CorruptCheckpoint as error:
+        raise InvalidArgument(error.message) from error
     answer = parse_answer(data)
     with contextlib.suppress(OSError):
         durable.remove_file(path)
@@ -211,7 +218,7 @@ def remove(run: Path, id: str) -> None:
 def sweep(run: Path) -> None:
     """Remove what earlier managers have taken or answered, and nobody has fetched. For the start of one."""
     for name in _names(run):
-        if _OURS.match(name) and not _ASKED.match(name):
+        if _LEFT.match(name):
             durable.remove_file(run / DIRECTORY / name)
 
 
@@ -274,7 +281,8 @@ def parse_request(data: bytes, id: str) -> Request:
         raise InvalidArgument(f"a request asks for {texts['kind'][:80]!r}, which this version does not know")
     rule = _rule_of(body.get("rule")) if texts["kind"] == PRUNE else None
     step = None if texts["kind"] == PRUNE else _whole(body, "step")
-    return Request(**texts, **numbers, **times, rule=rule, step=step, id=id)  # type: ignore[arg-type]
+    safe = None if body.get("safe") is None else _whole(body, "safe")
+    return Request(**texts, **numbers, **times, rule=rule, safe=safe, step=step, id=id)  # type: ignore[arg-type]
 
 
 def parse_answer(data: bytes) -> Answer:

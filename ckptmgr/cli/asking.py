@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ckptmgr import requests
 from ckptmgr.cli import target
 from ckptmgr.cli.output import Output
-from ckptmgr.errors import JournalError, RunLocked
+from ckptmgr.errors import InvalidArgument, JournalError, RunLocked
 from ckptmgr.requests import Answer, Request
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _ask(
         try_lock_at = time.monotonic() + TRY_LOCK_S
         try:
             while True:
-                if (answer := requests.answer_to(rundir.path, request.id)) is not None:
+                if (answer := _answer(rundir, request)) is not None:
                     return answer
                 gone = target.live_epoch(journal) != epoch
                 if not gone and time.monotonic() >= try_lock_at:
@@ -132,7 +132,7 @@ def _ask(
                     try_lock_at = time.monotonic() + TRY_LOCK_S
                 if gone:
                     requests.withdraw(rundir.path, request.id)
-                    return requests.answer_to(rundir.path, request.id)
+                    return _answer(rundir, request)
                 left = deadline - time.monotonic()
                 if left <= 0 and requests.withdraw(rundir.path, request.id):
                     raise _silent(locked, timeout_s, taken=False)
@@ -147,6 +147,16 @@ def _ask(
         finally:
             out.progress(None)
             requests.withdraw(rundir.path, request.id)
+
+
+def _answer(rundir: RunDirectory, request: Request) -> Answer | None:
+    try:
+        return requests.answer_to(rundir.path, request.id)
+    except InvalidArgument as error:
+        raise JournalError(
+            f"the answer of the manager cannot be understood: {error.message}",
+            hint="`ckptmgr ls RUN` says what became of it",
+        ) from error
 
 
 def _is_free(rundir: RunDirectory, command: str) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr import recovery, requests, retention
-from ckptmgr.cli import asking, target
+from ckptmgr.cli import asking, check, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, age, size
-from ckptmgr.errors import InvalidArgument, JournalError
+from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError
 from ckptmgr.requests import Answer
 from ckptmgr.retention import KeepAny, KeepBest, KeepEvery, KeepFor, KeepLast, KeepRule, RetentionPlan
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Say which checkpoints of a series would go by these keep rules, and why the
-rest stays. A checkpoint stays if any rule keeps it; the newest, pinned ones and
-what is in flight stay whatever the rules say. Nothing is changed without
---apply, which retires as a manager does: marked in the journal first, deleted
-afterwards. A live run is asked to do it; otherwise the run lock is taken."""
+rest stays. A checkpoint stays if any rule keeps it; the newest, the newest that
+is safe to resume from, pinned ones and what is in flight stay whatever the
+rules say. Nothing is changed without --apply, which retires as a manager does:
+marked in the journal first, deleted afterwards. A live run is asked to do it;
+otherwise the run lock is taken."""
 EXAMPLES = """\
   ckptmgr prune runs/alpha --keep-last 3
   ckptmgr prune runs/alpha --keep-last 3 --keep-every 10000 --keep-best loss:min:3
@@ -128,14 +129,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     with target.reading(args, directory=True) as (journal, rundir):
         target.require_series(journal, args.series)
         series = target.choose_series(journal, args.series)
-        outcome = planned(journal, series, rule)
+        safe = newest_safe(journal, rundir, series)
+        outcome = planned(journal, series, rule, safe)
         live_epoch = target.live_epoch(journal)
-        pending = [] if live_epoch is not None else recovery.preview(journal, rundir).changes
+        pending = () if args.apply or live_epoch is not None else recovery.preview(journal, rundir).changes
         about = target.document(rundir, journal.run_id)
     if args.apply:
         answer, by = asking.carry_out(
             rundir, out, command=COMMAND, here=lambda journal: retire(journal, rundir, series, rule, out),
-            timeout_s=args.timeout, kind=requests.PRUNE, series=series, rule=rule,
+            timeout_s=args.timeout, kind=requests.PRUNE, series=series, rule=rule, safe=safe,
         )  # fmt: skip
         outcome = became(args, out, answer, by)
     if out.as_json:
@@ -154,9 +156,24 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def planned(journal: Journal, series: str, rule: KeepRule) -> Outcome:
+def newest_safe(journal: Journal, rundir: RunDirectory, series: str) -> int | None:
+    """
+    The newest checkpoint whose names and sizes are as committed, where that is not simply the newest.
+
+    The last good one must not go because something newer, which is damaged, stays.
+    """
+    try:
+        report = check.judge(journal, rundir, series, until_safe=True)
+    except JournalCorrupt:
+        raise
+    except JournalError:
+        return None  # a manager commits faster than it can be looked at: what is newest has just been written
+    return None if report.chosen is None or report.newest_is_safe else report.chosen.id
+
+
+def planned(journal: Journal, series: str, rule: KeepRule, safe: int | None) -> Outcome:
     """What *rule* would let go of *series* as it is now."""
-    records, plan = _decide(journal, series, rule)
+    records, plan = _decide(journal, series, rule, safe)
     return Outcome(
         records,
         {kept.record.id: kept.reasons for kept in plan.keep},
@@ -164,10 +181,14 @@ def planned(journal: Journal, series: str, rule: KeepRule) -> Outcome:
     )
 
 
-def _decide(journal: Journal, series: str, rule: KeepRule) -> tuple[dict[int, CheckpointRecord], RetentionPlan]:
+def _decide(
+    journal: Journal, series: str, rule: KeepRule, safe: int | None
+) -> tuple[dict[int, CheckpointRecord], RetentionPlan]:
     live = sorted(journal.checkpoints(series=series, live_only=True), key=lambda record: record.commit_seq or 0)
+    protected = {} if safe is None else {safe: requests.SAFE}
     attempt = journal.in_flight(series)
-    protected = {attempt.overwrites: "being overwritten"} if attempt is not None and attempt.overwrites else {}
+    if attempt is not None and attempt.overwrites is not None:
+        protected[attempt.overwrites] = requests.OVERWRITTEN
     return {record.id: record for record in live}, retention.plan(live, rule, now=time.time(), protected=protected)
 
 
@@ -183,7 +204,7 @@ def retire(journal: Journal, rundir: RunDirectory, series: str, rule: KeepRule, 
             f"a crash left {len(pending)} things undecided, the first: {pending[0].text}; nothing was pruned",
             hint="run `ckptmgr recover RUN --apply` first",
         )
-    records, plan = _decide(journal, series, rule)
+    records, plan = _decide(journal, series, rule, newest_safe(journal, rundir, series))
     marks = requests.marks(plan, socket.gethostname(), os.getpid())
     if marks:
         with target.epoch(journal, COMMAND) as who:

@@ -164,6 +164,22 @@ def test_what_is_in_flight_and_what_it_overwrites_stays(run: Run, ckptmgr: Call)
     }
 
 
+@pytest.mark.parametrize("apply", [[], ["--apply"]])
+def test_the_last_good_one_stays_where_the_newest_is_damaged(five: Run, ckptmgr: Call, apply: list[str]) -> None:
+    (five.directory / "checkpoint/step-500/model.bin").write_bytes(b"short")
+    shutil.rmtree(five.directory / "checkpoint/step-400")
+    done = ckptmgr("prune", five.directory, "--keep-last", 1, *apply, "--json")
+
+    assert verdicts(done) == {
+        100: [],
+        200: [],
+        300: ["newest that is safe"],
+        400: [],
+        500: ["last 1", "newest committed"],
+    }
+    assert ckptmgr("check", five.directory).code == 4
+
+
 def test_there_may_be_nothing_to_prune(run: Run, ckptmgr: Call) -> None:
     run.journal.end_epoch(run.epoch)
     for words in ([], ["--apply"]):
@@ -339,6 +355,17 @@ def test_what_was_resumed_from_is_not_pruned(trained: Path, ckptmgr: Call) -> No
         document = ckptmgr("prune", trained, "--keep-last", 1, "--apply", "--json").json
         assert {row["step"]: row["reasons"] for row in document["keep"]} == {
             1: ["resumed from, not superseded yet"],
+            3: ["last 1", "newest committed"],
+        }
+
+
+def test_a_live_manager_keeps_the_last_good_one_too(trained: Path, ckptmgr: Call) -> None:
+    with Trainer(trained) as trainer:
+        trainer.tell("save 1 2 3")
+        (trained / "checkpoint/step-3/.metadata").write_bytes(b"")
+        document = ckptmgr("prune", trained, "--keep-last", 1, "--apply", "--json").json
+        assert {row["step"]: row["reasons"] for row in document["keep"]} == {
+            2: ["newest that is safe"],
             3: ["last 1", "newest committed"],
         }
 

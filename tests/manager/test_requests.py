@@ -342,6 +342,8 @@ def test_a_request_says_the_same_when_it_is_read_again(rule: Any) -> None:
         {"series": ""},
         {"series": "\ud800"},
         {"host": None},
+        {"host": "a\x1b[2J"},
+        {"safe": "1"},
     ],
     ids=str,
 )
