@@ -24,7 +24,7 @@ nothing, or the note. A live run is asked to do it; otherwise the run lock is
 taken."""
 EXAMPLES = """\
   ckptmgr pin runs/alpha 12000
-  ckptmgr pin runs/alpha 12000 --series hf --note "shipped as 1.2"
+  ckptmgr pin runs/alpha 12000 --series hf --note shipped
   ckptmgr pin runs/alpha 12000 --json | jq .changed"""
 
 COMMAND = "ckptmgr pin"

@@ -33,7 +33,7 @@ marked in the journal first, deleted afterwards. A live run is asked to do it;
 otherwise the run lock is taken."""
 EXAMPLES = """\
   ckptmgr prune runs/alpha --keep-last 3
-  ckptmgr prune runs/alpha --keep-last 3 --keep-every 10000 --keep-best loss:min:3
+  ckptmgr prune runs/alpha --keep-every 10000 --keep-best loss:min:3
   ckptmgr prune runs/alpha --series hf --keep-within 7d --apply
   ckptmgr prune runs/alpha --keep-last 1 --json | jq .bytes"""
 
