@@ -3,7 +3,8 @@ The commit order: rank 0's hands on journal and run directory, from intent to CO
 
 `Leader.begin`, `Leader.commit` and `Leader.after_commit` are docs/explanation/commit-order.md from top
 to bottom. Every place where a crash matters says what it leaves behind. Hooks and deletions come after
-the commit on a thread of their own, so that a slow one never holds up the next save.
+the commit on a thread of their own, so that a slow one never holds up the next save. There, too, rank 0 looks
+for what commands ask of a live run (`requests`), and does it between two commits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ckptmgr import durable, recovery, retention
-from ckptmgr.errors import CheckpointError, RankFailure, SaveFailed, StaleWriter
+from ckptmgr import durable, recovery, requests, retention
+from ckptmgr.errors import CheckpointError, CheckpointNotFound, InvalidArgument, RankFailure, SaveFailed, StaleWriter
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
 from ckptmgr.manifest import Digest, FileEntry, Manifest
@@ -34,6 +35,9 @@ log = logging.getLogger("ckptmgr")
 
 #: The thread that hooks run on.
 AFTER_COMMIT = "ckptmgr-after-commit"
+#: Seconds between two looks for what commands ask for, and after one that failed.
+LOOK_EVERY_S = 2.0
+LOOK_AGAIN_S = 60.0
 
 
 class Concluder(Protocol):
@@ -163,7 +167,15 @@ class Leader:
         self._versions = versions
         self._hooks = hooks
         self._deleting = threading.Lock()
+        #: Held from asking what is live until the journal and memory say what became of it; before `_deleting`.
+        self._deciding = threading.RLock()
+        self._resuming = 0
+        #: What was resumed from and is not superseded yet, by series.
+        self._resumed: dict[str, int] = {}
         self._remember(journal.standing() if standing is None else standing)
+        self._look_at = 0.0
+        with contextlib.suppress(OSError):
+            requests.sweep(rundir.path)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._do_chores, name=AFTER_COMMIT, daemon=True)
         self._thread.start()
@@ -181,16 +193,34 @@ class Leader:
         """The directories of all live checkpoints of *series*; from memory."""
         return frozenset(record.directory for record in self._live.get(series, {}).values())
 
+    @contextlib.contextmanager
+    def resuming(self) -> Iterator[None]:
+        """While it is chosen and read what to resume from, nothing is let go because a command asks for it."""
+        with self._deciding:
+            self._resuming += 1
+        try:
+            yield
+        finally:
+            with self._deciding:
+                self._resuming -= 1
+
+    def resumed(self, series: str, checkpoint_id: int) -> None:
+        """Note what was resumed from: until it is superseded, no command has it let go."""
+        with self._deciding:
+            self._resumed[series] = checkpoint_id
+
     def begin(self, job: Job, world_size: int, own_failure: Callable[[str], RankFailure]) -> tuple[Attempt | None, Go]:
         """Steps 1 and 2 up to the writers' start: intent, staging directory, metadata, WRITING."""
         attempt = None
         try:
             self._require_home()
             self._settle_series(job.series)
-            record = self._journal.begin(
-                series=job.series, step=job.step, format=job.writer.kind, epoch=self._epoch, world_size=world_size,
-                metrics=job.metrics, per_rank=job.per_rank, overwrite=job.overwrite, **self._who,
-            )  # fmt: skip
+            with self._deciding:  # what it overwrites must not be let go by a command that has looked before
+                record = self._journal.begin(
+                    series=job.series, step=job.step, format=job.writer.kind, epoch=self._epoch,
+                    world_size=world_size, metrics=job.metrics, per_rank=job.per_rank, overwrite=job.overwrite,
+                    **self._who,
+                )  # fmt: skip
             attempt = Attempt(record, Lifecycle(record.state, self._recorder(record.id)))
             # Crash here: PREWRITTEN without a staging directory; recovery marks it FAILED.
             self._clear_name(record)
@@ -262,15 +292,16 @@ class Leader:
             )  # fmt: skip
             gathered = True
             # Crash here: GATHERED with a complete staging directory; recovery publishes and commits it.
-            self._check_epoch(record)
+            self._check_epoch(record.id)
             replaces = self._journal.checkpoint(record.overwrites) if record.overwrites is not None else None
             self._rundir.publish(record, replaces)
             # Crash here: GATHERED and published durably; recovery commits it.
-            planned = self._planned(attempt, job.keep)
-            attempt.lifecycle.commit(
-                commit_s=time.monotonic() - started, retire=planned.plan.marks, decisions=planned.news
-            )
-            self._note_commit(record, planned)
+            with self._deciding:
+                planned = self._planned(attempt, job.keep)
+                attempt.lifecycle.commit(
+                    commit_s=time.monotonic() - started, retire=planned.plan.marks, decisions=planned.news
+                )
+                self._note_commit(record, planned)
             # Crash here: COMMITTED with a stale meta.json and link; both are made anew at start.
         except Exception as error:
             log.exception("committing %s step %d failed", record.series, record.step)
@@ -314,8 +345,9 @@ class Leader:
     def project(self) -> None:
         """Bring ``meta.json`` and the ``latest`` links up to the journal. A failure is reported and undoes nothing."""
         try:
-            live = [record for of_series in self._live.values() for record in of_series.values()]
-            recovery.project(self._journal.run_id, live, self._rundir, series=self._series)
+            with self._deciding:  # one at a time, and the last one says what is live by then
+                live = [record for of_series in self._live.values() for record in of_series.values()]
+                recovery.project(self._journal.run_id, live, self._rundir, series=self._series)
         except Exception:
             log.exception("meta.json or a latest link is stale; the journal is right and both are made anew at start")
 
@@ -345,12 +377,12 @@ class Leader:
                 if old.directory == record.directory:
                     self._retire_one(old)
 
-    def _check_epoch(self, record: CheckpointRecord) -> None:
+    def _check_epoch(self, checkpoint_id: int) -> None:
         newest = self._journal.current_epoch()
         if newest != self._epoch:
             raise StaleWriter(
-                f"epoch {newest} has taken over this run; epoch {self._epoch} may not publish any more",
-                checkpoint_id=record.id,
+                f"epoch {newest} has taken over this run; epoch {self._epoch} may change nothing any more",
+                checkpoint_id=checkpoint_id,
                 epoch=self._epoch,
                 found=f"epoch {newest}",
             )
@@ -378,20 +410,21 @@ class Leader:
             return False
 
     def _recover(self) -> None:
-        try:
-            with self._deleting:
-                self._require_home()
-                self._journal.require_intact()  # opened long ago
-                recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
-        finally:
-            self._remember(self._journal.standing())
+        with self._deciding:
+            try:
+                with self._deleting:
+                    self._require_home()
+                    self._journal.require_intact()  # opened long ago
+                    recovery.recover(self._journal, self._rundir, epoch=self._epoch, **self._who)
+            finally:
+                self._remember(self._journal.standing())
 
     def _remember(self, standing: Sequence[CheckpointRecord]) -> None:
         """
         Take from what is standing what is live, oldest first, and what was let go and nobody has deleted: id → series.
 
         Kept beside the journal because reading so many rows anew would take longer with every save. Nobody else
-        changes them while this epoch is the newest, but for the pins.
+        changes them while this epoch is the newest; the pins are asked for all the same before anything is let go.
         """
         live: dict[str, dict[int, CheckpointRecord]] = {}
         for record in sorted(standing, key=lambda record: record.commit_seq or 0):
@@ -417,6 +450,7 @@ class Leader:
         live.pop(record.step, None)
         live[record.step] = self._journal.checkpoint(record.id)
         self._planned_before[record.series] = planned
+        self._resumed.pop(record.series, None)
         self._decided.update((id, (word, reasons)) for id, word, reasons in planned.news if word == "keep")
 
     def _retiring(self, series: str) -> list[CheckpointRecord]:
@@ -468,7 +502,7 @@ class Leader:
 
     def _retire_one(self, record: CheckpointRecord) -> None:
         with self._deleting:
-            self._check_epoch(record)
+            self._check_epoch(record.id)
             self._require_home()
             # Crash here: COMMITTED and retiring under its final name; recovery finishes it.
             self._rundir.retire(record)
@@ -476,9 +510,115 @@ class Leader:
             self._journal.finish_retirement(record.id, epoch=self._epoch)
 
     def _do_chores(self) -> None:
-        while (chore := self._chores.get()) is not None:
+        while True:
+            if time.monotonic() >= self._look_at:
+                self._answer_requests()
+            try:
+                chore = self._chores.get(timeout=max(0.0, self._look_at - time.monotonic()))
+            except queue.Empty:
+                continue
+            if chore is None:
+                return
             with contextlib.suppress(BaseException):  # nothing that a hook does may end this thread
                 chore()
+
+    # -- what commands ask for --------------------------------------------------------------------
+
+    def _answer_requests(self) -> None:
+        """Do what commands have asked of this manager."""
+        self._look_at = time.monotonic() + LOOK_EVERY_S
+        try:
+            for id in requests.waiting(self._rundir.path):
+                self._answer_request(id)
+        except Exception:
+            log.exception("cannot answer what a command asks of this manager; looking again in %g s", LOOK_AGAIN_S)
+            self._look_at = time.monotonic() + LOOK_AGAIN_S
+
+    def _answer_request(self, id: str) -> None:
+        run = self._rundir.path
+        request: requests.Request | None = None
+        answer = requests.Answer(requests.REFUSED)
+        try:
+            if (request := requests.read(run, id)) is None or request.epoch > self._epoch:
+                return  # withdrawn, or to the manager that has taken over
+            if request.epoch < self._epoch or not request.is_wanted(time.time()):
+                log.info("nobody waits any more for %s of %s", request.kind, request.series)
+                requests.remove(run, id)
+                return
+        except InvalidArgument as error:
+            answer = dataclasses.replace(answer, text=error.message)
+        with self._deciding:
+            if request is not None and request.kind == requests.PRUNE and self._resuming:
+                return  # it waits until nobody chooses or reads any more
+            if not requests.take(run, id):
+                return
+            if request is not None:
+                try:
+                    answer = self._do_request(request)
+                except Exception as error:
+                    foreseen = isinstance(error, CheckpointError | OSError)
+                    log.warning("refusing to %s %s: %s", request.kind, request.series, error, exc_info=not foreseen)
+                    answer = dataclasses.replace(answer, text=in_words(error))
+        # Crash here: a request is done and nobody has said so; who asked looks into the journal.
+        requests.give(run, id, answer, self._rundir.permissions)
+        if request is not None and answer.drop:
+            log.info("retiring %d checkpoints of %s, as a command has asked", len(answer.drop), request.series)
+            self._retire(request.series)
+
+    def _do_request(self, request: requests.Request) -> requests.Answer:
+        self._require_home()
+        self._check_epoch(0)
+        if request.series not in self._series:
+            raise InvalidArgument(f"there is no series {request.series!r} in this run")
+        if request.rule is not None:
+            return self._prune(request, request.rule)
+        assert request.step is not None
+        if request.kind == requests.PIN:
+            self._journal.pin(request.series, request.step, note=request.note)
+            return requests.Answer(requests.DONE, "pinned")
+        try:
+            self._journal.unpin(request.series, request.step)
+        except CheckpointNotFound:
+            return requests.Answer(requests.DONE, "was not pinned")
+        return requests.Answer(requests.DONE, "unpinned")
+
+    def _prune(self, request: requests.Request, rule: KeepRule) -> requests.Answer:
+        """Let go what *rule* does not keep: marked in the journal, forgotten here, and no longer in ``meta.json``."""
+        live = self._live.get(request.series, {})
+        pinned = self._journal.pinned(request.series)
+        protected = {} if request.safe is None else {request.safe: requests.SAFE}
+        if request.series in self._resumed:
+            protected[self._resumed[request.series]] = requests.RESUMED
+        attempt = self._journal.in_flight(request.series)
+        if attempt is not None and attempt.overwrites is not None:
+            protected[attempt.overwrites] = requests.OVERWRITTEN
+        records = [dataclasses.replace(record, pinned=step in pinned) for step, record in live.items()]
+        plan = retention.plan(records, rule, now=time.time(), protected=protected)
+        leaving = [gone.record.id for gone in plan.drop]
+        self._journal.require_intact(leaving)
+        marks = requests.marks(plan, request.host, request.pid)
+        if marks:
+            try:
+                self._journal.mark_retiring(marks, epoch=self._epoch)
+            except CheckpointError:
+                # Whether the journal took it may not be known.
+                self._remember(self._journal.standing())
+                raise
+            # Crash here: what a command wants to be rid of is marked, and stands in meta.json; recovery deletes it.
+            self._live = {
+                **self._live,
+                # Another mapping: what was planned ahead for the save under way is out of date.
+                request.series: {step: record for step, record in live.items() if record.id not in leaving},
+            }
+            for id in leaving:
+                self._let_go[id] = request.series
+                self._decided.pop(id, None)
+            self.project()
+        return requests.Answer(
+            requests.DONE,
+            keep={kept.record.id: kept.reasons for kept in plan.keep},
+            drop={mark.checkpoint_id: mark.reason for mark in marks},
+        )
 
 
 def _call(hook: Callable[[Committed], Any], event: Committed) -> None:

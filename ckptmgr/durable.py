@@ -309,8 +309,8 @@ def replace_link(path: Path, target: str, *, scratch: str) -> None:
     sync_directory(path.parent)
 
 
-def remove_link(path: Path) -> None:
-    """Remove a symbolic link (never what it points to), durably."""
+def remove_file(path: Path) -> None:
+    """Remove a file or a symbolic link (never what it points to), durably; a missing one is fine."""
     _remove_file(path)
     sync_directory(path.parent)
 

@@ -7,6 +7,7 @@ fetched, newest first and no more of them than the answer takes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,22 @@ class Restore:
         Raises:
             CheckpointError: As `CheckpointManager.resume`.
         """
+        with contextlib.nullcontext() if self._leader is None else self._leader.resuming():
+            restored = self._run(state, series, step, strict, allow_older=allow_older, verify_digests=verify_digests)
+            if restored is not None and self._leader is not None:
+                self._leader.resumed(series, restored.resumed.checkpoint_id)
+        return restored
+
+    def _run(
+        self,
+        state: Mapping[str, Any],
+        series: str,
+        step: int | None,
+        strict: Sequence[str],
+        *,
+        allow_older: bool,
+        verify_digests: bool | Literal["meanwhile"],
+    ) -> Restored | None:
         verified: dict[int, tuple[str, ...]] = {}
         while True:
             decided: Choice | None = None

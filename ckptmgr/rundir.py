@@ -669,7 +669,7 @@ class RunDirectory:
         current = str(link.readlink()) if link.is_symlink() else None
         target = record.directory.rpartition("/")[2] if record is not None else None
         if target is None and current is not None:
-            durable.remove_link(link)
+            durable.remove_file(link)
         elif target is not None and target != current:
             with _taken_is_unsafe(link):
                 durable.replace_link(link, target, scratch=_LATEST_SCRATCH)

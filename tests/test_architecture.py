@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems"},
     {"retention", "recovery", "resume", "storage"},
     {"rebuild"},
-    {"journal", "rundir", "ranks", "writers"},
+    {"journal", "rundir", "ranks", "writers", "requests"},
     {"series", "commit", "doctor"},
     {"answers", "calls", "capture", "finalizer", "verify"},
     {"restore"},

@@ -2,11 +2,11 @@
 The ``ckptmgr`` command: look at a run, ask whether it may be resumed, and put right what a crash left.
 
 It reads the journal and the run directory and imports neither torch nor the manager, so it starts
-fast and runs where no training can. Nothing is changed without ``--apply`` (``upgrade`` excepted,
-which makes a backup first). Each command is one file here, loaded when it is asked for, with DESCRIPTION,
-EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it
-prints goes through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these
-files by a test.
+fast and runs where no training can. Nothing is changed without ``--apply``, but for three commands that are
+the change itself: ``pin`` and ``unpin``, and ``upgrade``, which makes a backup first. Each command is one file
+here, loaded when it is asked for, with DESCRIPTION, EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and
+with TARGET if it is not about a run; what it prints goes through `output`, its exit status comes from
+`exit_codes`. docs/reference/cli.md is held to these files by a test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ COMMANDS = {
     "log": "print every transition, oldest first",
     "latest": "print the path of the newest checkpoint that is safe to resume from",
     "check": "say whether the run may be resumed, from which path, and what speaks against it",
+    "why": "say why a checkpoint is kept, dropped, failed or not resumable, and which command comes next",
     "recover": "say what a crash left and what would be done about it; --apply does it",
+    "prune": "say which checkpoints would go by these keep rules, and why the rest stays; --apply lets them go",
+    "pin": "keep a checkpoint whatever the keep rules say",
+    "unpin": "leave a pinned checkpoint to the keep rules again",
     "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",
     "doctor": "try on your own storage what a run relies on, and say what holds there",
 }

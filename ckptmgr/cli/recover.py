@@ -15,7 +15,7 @@ from ckptmgr import rebuild as rebuilding
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, size
-from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
+from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalNotFound
 
 if TYPE_CHECKING:
     from ckptmgr.rundir import RunDirectory
@@ -72,21 +72,12 @@ def preview(args: argparse.Namespace, out: Output) -> int:
 
 def apply(args: argparse.Namespace, out: Output) -> int:
     """Do it, under the run lock and in an epoch of its own."""
-    from ckptmgr.journal import Journal
-
     rundir = target.locate(args)
-    target.require_journal(rundir)
-    if not rundir.path.is_dir():
-        raise InvalidArgument(f"there is no run directory {rundir.path}", hint="put it back, or mount it, first")
-    with target.locked(rundir, COMMAND):
-        refuse_to_migrate(rundir)
-        with Journal.open(rundir.journal_path) as journal:
-            # What is not there would be given up: an unmounted file system must not cost a checkpoint.
-            rundir.require_pair(journal.run_id, managed=bool(journal.series()))
-            with target.epoch(journal, COMMAND) as who:
-                report = recovery.recover(journal, rundir, **who)
-                recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
-            about = target.document(rundir, journal.run_id)
+    with target.changing(rundir, COMMAND) as journal:
+        with target.epoch(journal, COMMAND) as who:
+            report = recovery.recover(journal, rundir, **who)
+            recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
+        about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document({"run": about, "live_epoch": None, **report.to_dict()})
         return Exit.OK
@@ -94,26 +85,6 @@ def apply(args: argparse.Namespace, out: Output) -> int:
     for before, now in report.set_aside.items():
         out.line(f"set aside for inspection: {before} is now {now}")
     return Exit.OK
-
-
-def refuse_to_migrate(rundir: RunDirectory) -> None:
-    """
-    Refuse a journal that opening it for writing would create or upgrade.
-
-    Raises:
-        JournalNotFound: It is empty.
-        JournalSchemaMismatch: It has another schema.
-        JournalCorrupt: It is damaged.
-    """
-    from ckptmgr.journal import Journal
-
-    try:
-        Journal.open_read_only(rundir.journal_path).close()
-    except (JournalNotFound, JournalSchemaMismatch, JournalCorrupt):
-        raise
-    except JournalError:
-        # A transaction that a crash cut short keeps readers out; opening it for writing undoes it.
-        pass
 
 
 def print_actions(out: Output, report: recovery.RecoveryReport, *, todo: str) -> None:

@@ -2,7 +2,7 @@
 Which run a command is about: its journal and its run directory, opened for reading or for a change.
 
 Reading takes no lock and changes nothing. A change takes the run lock first, so that it can never
-happen beside a training run.
+happen beside a training run; what a manager can do itself, it is asked for instead (`asking`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr.errors import InvalidArgument, JournalNotFound
+from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -100,6 +100,49 @@ def locked(rundir: RunDirectory, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def changing(rundir: RunDirectory, command: str) -> Iterator[Journal]:
+    """
+    The run's journal, opened for writing under the run lock; for a change, `epoch` comes next.
+
+    Raises:
+        RunLocked: Another process holds the run lock.
+        InvalidArgument: There is no run directory: an unmounted file system must not cost a checkpoint.
+        CheckpointError: As of `reading`, or of `locked`.
+    """
+    from ckptmgr.journal import Journal
+
+    require_journal(rundir)
+    if not rundir.path.is_dir():
+        raise InvalidArgument(f"there is no run directory {rundir.path}", hint="put it back, or mount it, first")
+    with locked(rundir, command):
+        _refuse_to_migrate(rundir)
+        with Journal.open(rundir.journal_path) as journal:
+            # What is not there would be given up.
+            rundir.require_pair(journal.run_id, managed=bool(journal.series()))
+            yield journal
+
+
+def _refuse_to_migrate(rundir: RunDirectory) -> None:
+    """
+    Refuse a journal that opening it for writing would create or upgrade.
+
+    Raises:
+        JournalNotFound: It is empty.
+        JournalSchemaMismatch: It has another schema.
+        JournalCorrupt: It is damaged.
+    """
+    from ckptmgr.journal import Journal
+
+    try:
+        Journal.open_read_only(rundir.journal_path).close()
+    except (JournalNotFound, JournalSchemaMismatch, JournalCorrupt):
+        raise
+    except JournalError:
+        # A transaction that a crash cut short keeps readers out; opening it for writing undoes it.
+        pass
+
+
+@contextlib.contextmanager
 def epoch(journal: Journal, command: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
     """
     An epoch of its own for *command*, newer than *after*; the caller holds the run lock.
@@ -163,18 +206,13 @@ def live_epoch(journal: Journal) -> int | None:
     Told from its row, since a reader takes no lock: on this host by its process, on another host
     by the epoch not having been ended.
     """
+    from ckptmgr.requests import may_run
+
     epochs = journal.epochs()
     if not epochs or epochs[-1].ended_at is not None:
         return None
     newest = epochs[-1]
-    if newest.host == socket.gethostname():
-        try:
-            os.kill(newest.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return None
-        except PermissionError:
-            pass
-    return newest.epoch
+    return newest.epoch if may_run(newest.host, newest.pid) else None
 
 
 def document(rundir: RunDirectory, run_id: str | None) -> dict[str, Any]:

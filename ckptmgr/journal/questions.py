@@ -70,6 +70,27 @@ class Verification:
     mismatches: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """That the live checkpoint of a step stays whatever the keep rules say, since when, and what was noted."""
+
+    series: str
+    step: int
+    note: str
+    pinned_at: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The last word of retention on a checkpoint, and the checkpoint whose commit asked for it."""
+
+    checkpoint_id: int
+    decided_by: int
+    verdict: str
+    reasons: tuple[str, ...]
+    at: float
+
+
 class Questions:
     """
     The reading half of `Journal`.
@@ -152,6 +173,13 @@ class Questions:
             steps = connection.execute(select(pin.c.step).where(pin.c.series == series)).scalars().all()
             database.require_intact(database.driver(connection), self.path, ["pin"])
         return frozenset(self._fact(pin, "step", step) for step in steps)
+
+    def pin_of(self, series: str, step: int) -> Pin | None:
+        """The pin of a step, if it is pinned."""
+        with self._database.reading() as connection:
+            row = connection.execute(select(pin).where(pin.c.series == series, pin.c.step == step)).first()
+            database.require_intact(database.driver(connection), self.path, ["pin"])
+        return None if row is None else Pin(**self._facts(pin, row))
 
     def in_flight(self, series: str) -> CheckpointRecord | None:
         """The attempt of *series* that is in flight; there is at most one."""
@@ -294,6 +322,16 @@ class Questions:
             rows = connection.execute(select(table.checkpoint_id, table.verdict, table.reasons)).all()
         facts = [self._facts(retirement_decision, row) for row in rows]
         return {each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in facts}
+
+    def decision_on(self, checkpoint_id: int) -> Decision | None:
+        """The last word of retention on one checkpoint, if it has looked at it."""
+        query = select(retirement_decision).where(retirement_decision.c.checkpoint_id == checkpoint_id)
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            return None
+        facts = self._facts(retirement_decision, row)
+        return Decision(**{**facts, "reasons": self._texts(facts["reasons"])})
 
     def verifications(self, checkpoint_id: int) -> list[Verification]:
         """Every comparison of a checkpoint's files with the journal, oldest first."""

@@ -231,6 +231,53 @@ def test_json_of_check(full: Run, ckptmgr: Call) -> None:
     assert documents[-1]["reports"][0]["chosen"] is None
 
 
+def test_json_of_why(full: Run, ckptmgr: Call) -> None:
+    full.journal.pin("checkpoint", 1500, note="mine")
+    full.save(
+        3000, series="hf", layout=Format.HUGGINGFACE, until=S.FAILED, failures=[{"rank": 0, "host": "n", "cause": "c"}]
+    )
+    documents = [ckptmgr("why", full.directory, step, "--json").json for step in (500, 1000, 1500, 2000, 2500)]
+    exported = full.save(3500, series="hf", layout=Format.HUGGINGFACE)
+    full.save(4000, series="hf", layout=Format.HUGGINGFACE, decisions=[(exported.id, "keep", ("last 2",))])
+    documents += [ckptmgr("why", full.directory, step, "--series", "hf", "--json").json for step in (3000, 3500)]
+    (full.directory / "checkpoint/step-1500/model.bin").write_bytes(b"short")
+    documents.append(ckptmgr("why", full.directory, 1500, "--json").json)
+
+    assert_documented("ckptmgr why", documents)
+    told = {attempt["verdict"] for document in documents for attempt in document["attempts"]}
+    verdicts = {row[0].strip("`") for row in table(sections()["ckptmgr why"], first="verdict")}
+    assert told == {"kept", "not resumable", "retiring", "retired", "failed", "in flight"}
+    assert verdicts == told | {"interrupted"}
+
+
+def test_json_of_prune(full: Run, ckptmgr: Call) -> None:
+    for step in (10, 20, 30):
+        full.save(step, series="other")
+    words = ("prune", full.directory, "--series", "other", "--keep-last", 1, "--json")
+    documents = [ckptmgr(*words).json]
+    full.crash()
+    assert ckptmgr("recover", full.directory, "--apply").code == 0
+    documents.append(ckptmgr(*words, "--apply").json)
+
+    assert [document["applied"] for document in documents] == [False, True]
+    assert [len(document["drop"]) for document in documents] == [2, 2]
+    # The one who is asked to do it: see test_cli_prune.py.
+    documents.append({**documents[-1], "by": "CheckpointManager, pid 1 on node-1, since 2026-01-01 00:00:00Z"})
+    assert_documented("ckptmgr prune", documents)
+
+
+@pytest.mark.parametrize("command", ["pin", "unpin"])
+def test_json_of_pin_and_unpin(run: Run, ckptmgr: Call, command: str) -> None:
+    run.save(500)
+    if command == "unpin":
+        run.journal.pin("checkpoint", 500, note="mine")
+    documents = [ckptmgr(command, run.directory, 500, "--json").json for _ in range(2)]
+
+    assert [document["changed"] for document in documents] == [True, False]
+    documents.append({**documents[-1], "by": "CheckpointManager, pid 1 on node-1, since 2026-01-01 00:00:00Z"})
+    assert_documented(f"ckptmgr {command}", documents)
+
+
 def test_json_of_recover(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
     documents = [ckptmgr("recover", full.directory, "--json").json]
     # A checkpoint that an overwrite set aside and then lost its own bytes; one that is given up; one that

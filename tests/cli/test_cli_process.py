@@ -36,6 +36,11 @@ COMMAND_LINES = [
     ["recover", "--apply"],
     ["recover", "--rebuild"],
     ["upgrade"],
+    ["why", "500"],
+    ["prune", "--keep-last", "1"],
+    ["prune", "--keep-last", "1", "--apply"],
+    ["pin", "500"],
+    ["unpin", "500"],
     ["doctor", "--json"],
 ]
 ABOUT_A_RUN = [words for words in COMMAND_LINES if words[0] != "doctor"]

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ import safetensors.torch
 import torch
 from child_process import AtComment, AtEffect, arm, die, mark_trace
 
-from ckptmgr import durable, recovery
+from ckptmgr import durable, recovery, requests
 from ckptmgr.cli import main
 from ckptmgr.errors import CheckpointError, JournalCorrupt, JournalError, SaveFailed, UnsafePath
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.options import Timeouts, WriterOptions
+from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.recovery import FoundKind
 from ckptmgr.retention import KeepLast
 from ckptmgr.rundir import RunDirectory
@@ -345,6 +347,29 @@ def rebuild(run: Path, *faults: AtComment | AtEffect) -> None:
     for fault in faults:
         arm(fault, run)
     assert main(["recover", str(run), "--rebuild", "--apply"]) == 0
+
+
+def prune(run: Path, *faults: AtComment | AtEffect) -> None:
+    """Keep the newest alone, with the command line tool."""
+    for fault in faults:
+        arm(fault, run)
+    assert main(["prune", str(run), "--series", "dcp", "--keep-last", "1", "--apply"]) == 0
+
+
+def prune_by_asking(run: Path, *faults: AtComment | AtEffect) -> None:
+    """The same while a manager has the run open, which it is asked for."""
+    for fault in faults:
+        arm(fault, run)
+    with manager(run, keep=5), Journal.open_read_only(RunDirectory(run).journal_path) as journal:
+        now = time.time()
+        request = requests.Request(
+            requests.PRUNE, "dcp", journal.current_epoch(), socket.gethostname(), os.getpid(),
+            asked_at=now, deadline=now + 30, rule=KeepLast(1),
+        )  # fmt: skip
+        requests.ask(run, request, Permissions())
+        while (answer := requests.answer_to(run, request.id)) is None:
+            time.sleep(0.01)
+        assert answer.outcome == requests.DONE
 
 
 def recover_once(run: Path) -> None:

@@ -158,5 +158,18 @@ REBUILDING = (
     AtComment("a rollback journal without its database"),
 )
 
+#: `ckptmgr prune --apply` of a run that nobody has open; the second of three deletions, where there are several.
+PRUNING = (
+    AtComment("what a prune lets go is marked"),
+    AtComment("a prune is about to delete the next", nth=2),
+    AtComment("what a prune has deleted still says retiring", nth=2),
+)
+
+#: A manager that a command has asked to prune.
+ASKED = (
+    AtComment("what a command wants to be rid of is marked"),
+    AtComment("a request is done and nobody has said so"),
+)
+
 #: A manager that was stopped and comes too late: another one has taken the run over meanwhile.
 TOO_LATE = (AtComment("a live checkpoint stands at the retired name of another"),)

@@ -34,11 +34,12 @@ import torch
 from guard import Guard
 from hostile_kit import MOST_MIB, MOST_S, forget_peak, peak_kib, tame
 
-from ckptmgr import PerRank, RandomState, filesystems, recovery
+from ckptmgr import PerRank, RandomState, filesystems, recovery, requests
 from ckptmgr.errors import CheckpointError
 from ckptmgr.journal import Journal, seal
 from ckptmgr.manifest import MANIFEST_NAME, Manifest, is_run_id
 from ckptmgr.rebuild import preview_rebuild
+from ckptmgr.retention import KeepBest, KeepEvery, KeepFor, KeepLast
 from ckptmgr.rundir import META_NAME, RUN_ID_NAME, RunDirectory
 from ckptmgr.writers import archives, dcp, index, loading, mappings
 
@@ -685,6 +686,38 @@ def _names_seeds(ground: Ground) -> list[bytes]:
     return [b"\n".join(made[start : start + 5]) for start in range(0, len(made), 5)]
 
 
+def _requests(ground: Ground, data: bytes) -> None:
+    """What a command may have asked, and what a manager may have answered."""
+    folder = ground.run / requests.DIRECTORY
+    folder.mkdir(exist_ok=True)
+    id = "0" * 32
+    for end in ("asked", "answered"):
+        (folder / f"{id}.{end}").write_bytes(data)
+    assert requests.waiting(ground.run) == [id]
+    with contextlib.suppress(CheckpointError):
+        answer = requests.answer_to(ground.run, id)
+        assert answer is not None
+        assert requests.parse_answer(answer.to_json()) == answer
+    requests.sweep(ground.run)
+    asked = requests.read(ground.run, id)
+    assert asked is not None
+    _require_tame(f"{asked.kind} {asked.series} {asked.host}")
+    asked.is_wanted(time.time())
+    assert requests.parse_request(asked.to_json(), id) == asked
+
+
+def _requests_seeds(ground: Ground) -> list[bytes]:
+    del ground
+    rule = KeepLast(2) | KeepEvery(10) | KeepBest(1, "loss") | KeepFor(1.5)
+    who: dict[str, Any] = {"series": "checkpoint", "epoch": 1, "host": "h", "pid": 1, "asked_at": 1.5, "deadline": 2.5}
+    asked = (
+        requests.Request(requests.PRUNE, **who, rule=rule, safe=3),
+        requests.Request(requests.PIN, **who, step=5, note="n\n"),
+    )
+    answer = requests.Answer(requests.DONE, "", {3: ("last 2",)}, {1: "no rule keeps it"})
+    return [*(one.to_json() for one in asked), answer.to_json(), requests.Answer(requests.REFUSED, "no").to_json()]
+
+
 def _mounts(ground: Ground, data: bytes) -> None:
     """What the kernel tells of mounts, whose names and sources whoever mounts may choose."""
     del ground
@@ -740,6 +773,7 @@ HARNESSES = {
         Harness("meta", _meta, _meta_seeds, _IN_JSON, most_bytes=4096),
         Harness("link", _link, lambda g: [b"hf-2", b"../..", b"\x1b[2J", b"\xff"], most_bytes=4096),
         Harness("names", _names, _names_seeds, (b".e1.a9.incomplete", b".retired", b"step-", b"hf-"), most_bytes=2048),
+        Harness("requests", _requests, _requests_seeds, (*_IN_JSON, b'"last"', b'"n"', b'"hours"'), most_bytes=4096),
         Harness("mounts", _mounts, _mounts_seeds, (b" - ", rb"\040", rb"\777", b"fuse"), most_bytes=4096),
     )
 }

@@ -282,8 +282,9 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit("commit.py", "            self._rundir.publish(record, replaces)\n", ""),
             Edit(
                 "commit.py",
-                "            self._note_commit(record, planned)\n",
-                "            self._rundir.publish(record, replaces)\n            self._note_commit(record, planned)\n",
+                "                self._note_commit(record, planned)\n",
+                "                self._rundir.publish(record, replaces)\n"
+                "                self._note_commit(record, planned)\n",
             ),
         ),
         (
@@ -337,10 +338,10 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "commit.py",
-                "            attempt.lifecycle.commit(\n",
-                "            for gone in planned.plan.drop:\n"
-                "                self._rundir.retire(gone.record)\n"
-                "            attempt.lifecycle.commit(\n",
+                "                attempt.lifecycle.commit(\n",
+                "                for gone in planned.plan.drop:\n"
+                "                    self._rundir.retire(gone.record)\n"
+                "                attempt.lifecycle.commit(\n",
             ),
         ),
         (
@@ -354,10 +355,10 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "commit.py",
-                "            planned = self._planned(attempt, job.keep)\n",
-                "            planned = self._planned(attempt, job.keep)\n"
-                "            live = self._journal.checkpoints(live_only=True)\n"
-                "            self._rundir.write_meta(self._journal.run_id, [*live, record], self._series)\n",
+                "                planned = self._planned(attempt, job.keep)\n",
+                "                planned = self._planned(attempt, job.keep)\n"
+                "                live = self._journal.checkpoints(live_only=True)\n"
+                "                self._rundir.write_meta(self._journal.run_id, [*live, record], self._series)\n",
             ),
         ),
         (
@@ -458,7 +459,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "publish-without-epoch",
         "nobody looks at the epoch before a directory gets its final name",
-        (Edit("commit.py", "            self._check_epoch(record)\n            replaces =", "            replaces ="),),
+        (Edit("commit.py", "            self._check_epoch(record.id)\n            replaces", "            replaces"),),
         (
             _tests(
                 "zombies",

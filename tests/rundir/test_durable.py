@@ -156,8 +156,8 @@ def test_links_are_swapped_and_removed_but_never_what_they_point_to(tmp_path: Pa
     for name in ("hf-1", "hf-2"):
         durable.replace_link(link, name, scratch=".scratch")
         assert link.readlink() == Path(name)
-    durable.remove_link(link)
-    durable.remove_link(link)
+    durable.remove_file(link)
+    durable.remove_file(link)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-1", "hf-2"]
 
 
