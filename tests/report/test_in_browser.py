@@ -161,7 +161,8 @@ def test_light_is_light_dark_is_dark_and_paper_is_paper(browser: browsers.Browse
 
 
 def test_on_paper_every_table_is_there(browser: browsers.Browser, pages: dict[str, str], tmp_path: Path) -> None:
-    hidden = "[...document.querySelectorAll('details table')].filter(each => each.getBoundingClientRect().height < 20).length"
+    tables = "[...document.querySelectorAll('details table')]"
+    hidden = f"{tables}.filter(each => each.getBoundingClientRect().height < 20).length"
     browser.load(pages["usual"], medium="print")
 
     assert browser.value(hidden) == 0
