@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckptmgr.errors import JournalSchemaMismatch as JournalSchemaMismatch
     from ckptmgr.errors import LockUnsupported as LockUnsupported
     from ckptmgr.errors import ManagerClosed as ManagerClosed
+    from ckptmgr.errors import MissingLibrary as MissingLibrary
     from ckptmgr.errors import RankFailure as RankFailure
     from ckptmgr.errors import RanksDisagree as RanksDisagree
     from ckptmgr.errors import RunLocked as RunLocked
@@ -71,6 +72,7 @@ _HOMES = {
         "JournalSchemaMismatch",
         "LockUnsupported",
         "ManagerClosed",
+        "MissingLibrary",
         "RankFailure",
         "RanksDisagree",
         "RunLocked",

@@ -27,7 +27,8 @@ call. The facts are keyword arguments, so an error survives pickling between ran
     ├── StateMismatch                   .missing
     ├── StateChanged                    .what
     ├── UnsafeResume                    .report
-    └── UnsafePath                      .path .reason            (ValueError)
+    ├── UnsafePath                      .path .reason            (ValueError)
+    └── MissingLibrary                  .library .extra          (ImportError)
 """
 
 from __future__ import annotations
@@ -251,3 +252,10 @@ class UnsafePath(CheckpointError, ValueError):
 
     path: str
     reason: str
+
+
+class MissingLibrary(CheckpointError, ImportError):
+    """A library that only some commands need is not installed."""
+
+    library: str
+    extra: str

@@ -21,13 +21,13 @@ import ckptmgr
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
     {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems"},
-    {"retention", "recovery", "resume", "storage"},
+    {"retention", "recovery", "resume", "storage", "durability"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers", "requests"},
     {"series", "commit", "doctor"},
     {"answers", "calls", "capture", "finalizer", "verify"},
     {"restore"},
-    {"manager", "cli"},
+    {"manager", "cli", "integrations"},
 ]
 ALSO = {
     ("lifecycle", "errors"),  # IllegalTransition
@@ -58,6 +58,8 @@ DOORS = {
     "numpy": {"writers/archives.py", "writers/state.py"},
     "xxhash": {"manifest.py"},
     "transformers": {"writers/modelnames.py", "writers/assets.py"},
+    "matplotlib": {"cli/report/charts.py"},
+    "prometheus_client": {"cli/metrics.py"},
     "psutil": {"writers/worker.py", "writers/arena.py"},
     "tempfile": {"writers/assets.py"},  # what save_pretrained writes passes through a folder
 }

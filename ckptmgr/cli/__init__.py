@@ -36,6 +36,9 @@ COMMANDS = {
     "pin": "keep a checkpoint whatever the keep rules say",
     "unpin": "leave a pinned checkpoint to the keep rules again",
     "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",
+    "report": "write an HTML page about the run: what is safe, timeline, stalls, failures, space",
+    "serve": "serve that page on this machine, renewed while the run goes on; also of a folder of runs",
+    "metrics": "print how durable the run is as numbers, for Prometheus",
     "doctor": "try on your own storage what a run relies on, and say what holds there",
 }
 #: What a command is about, and what that is, unless it says otherwise.
@@ -135,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.finish()
         return int(end.code or 0)
     except BaseException as error:  # noqa: BLE001 — the outermost frame: whatever it is, it becomes an exit status
-        return report(error, out)
+        return failed(error, out)
 
 
-def report(error: BaseException, out: Output) -> Exit:
+def failed(error: BaseException, out: Output) -> Exit:
     """Say what went wrong, on stderr or with ``--json`` as an object on stdout, and give its exit status."""
     status = exit_code(error)
     message, hint = describe_error(error)

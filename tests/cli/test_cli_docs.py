@@ -22,7 +22,7 @@ from ckptmgr.resume import FINDINGS, Verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 #: Objects whose keys are names that a user chose.
-MAPS = {"metrics", "set_aside"}
+MAPS = {"metrics", "set_aside", "numbers"}
 
 Fields = dict[str, set[str]]
 
@@ -327,6 +327,31 @@ def test_json_of_upgrade(run: Run, ckptmgr: Call) -> None:
     document["backup"] = document["backup"] or "a path"
 
     assert_documented("ckptmgr upgrade", [document])
+
+
+def test_json_of_report(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
+    none = Run(tmp_path / "runs" / "none")
+    documents = [
+        ckptmgr("report", each.directory, "-o", tmp_path / "report.html", "--json").json for each in (full, none)
+    ]
+
+    assert_documented("ckptmgr report", documents)
+
+
+def test_json_of_serve(full: Run) -> None:
+    with start("serve", full.directory, "--port", "0", "--json") as child:
+        document = json.loads(child.stdout.readline())
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+
+    assert_documented("ckptmgr serve", [document])
+
+
+def test_json_of_metrics(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
+    words = ("metrics", full.directory, "--json")
+    documents = [ckptmgr(*words).json, ckptmgr(*words, "-o", tmp_path / "alpha.prom").json]
+
+    assert_documented("ckptmgr metrics", documents)
 
 
 def test_json_of_doctor(ckptmgr: Call, tmp_path: Path) -> None:

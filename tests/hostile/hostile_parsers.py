@@ -548,6 +548,7 @@ def _rows(ground: Ground, data: bytes) -> None:
     for words in (
         *(("ls", ground.run), ("log", ground.run), ("show", ground.run, "2"), ("check", ground.run)),
         *(("recover", ground.run), ("ls", ground.run, "--json"), ("check", ground.run, "--deep", "--json")),
+        ("metrics", ground.run, "--json"),
     ):
         tame(*words)
     with contextlib.suppress(CheckpointError), Journal.open_read_only(ground.journal) as journal:
