@@ -7,6 +7,7 @@ A run directory whose journal is lost is no such thing: `ckptmgr recover --rebui
 from __future__ import annotations
 
 import os
+import re
 
 from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign.contents import Fault, Look, at
@@ -17,23 +18,30 @@ from ckptmgr.reach import READ_BYTES
 
 LAYOUT = "ckptmgr without a journal"
 _MEANS = "every file that the manifest names is there in its size, and with --deep in its bytes"
-#: Manifest and index of SQLite-less copies are the only names that the manifest does not list.
-_UNLISTED = {MANIFEST_NAME}
+_FINAL = re.compile(f"(?:step|hf)-{NUMBER}", re.ASCII)
 
 
 def find(folder: Folder, claimed: set[str]) -> list[Found]:
-    """Every directory with a manifest."""
+    """Every directory with a manifest, and those beside it whose manifest is missing."""
     del claimed
+    directories = {name: below for name, below in folder.folders() if not name.startswith(".")}
+    if not folder.path and folder.has(MANIFEST_NAME):
+        directories = {folder.root.name: folder}
     series: dict[str, Found] = {}
-    here = [(folder.root.name, folder)] if folder.has(MANIFEST_NAME) and not folder.path else []
-    for name, below in (*here, *folder.folders()):
-        if below.has(MANIFEST_NAME) and not name.startswith("."):
-            kind = "hf" if name.startswith("hf-") else "checkpoint"
-            found = series.setdefault(kind, Found(LAYOUT, kind, _MEANS, []))
-            found.checkpoints.append(Checkpoint(below, step_of(name), judge))
+    for name, below in directories.items():
+        if below.has(MANIFEST_NAME):
+            kind = _series(name)
+            series.setdefault(kind, Found(LAYOUT, kind, _MEANS, []))
+    for name, below in directories.items():
+        if _series(name) in series and (below.has(MANIFEST_NAME) or _FINAL.fullmatch(name)):
+            series[_series(name)].checkpoints.append(Checkpoint(below, step_of(name), judge))
     for found in series.values():
         unfinished(folder, found.faults, rf"\.(?:step|hf)-{NUMBER}\.e[0-9]+\.a[0-9]+\.incomplete")
     return [*series.values()]
+
+
+def _series(name: str) -> str:
+    return "hf" if name.startswith("hf-") else "checkpoint"
 
 
 def judge(look: Look) -> None:
@@ -45,7 +53,7 @@ def judge(look: Look) -> None:
     for path, entry in expected.items():
         _file(look, path, entry)
     for name in look.folder.matching(".*"):
-        if name not in expected and name not in _UNLISTED:
+        if name not in expected and name != MANIFEST_NAME:
             look.note("F013", name)
     if look.asked.world_size not in (None, manifest.world_size) and manifest.per_rank:
         kept = ", ".join(manifest.per_rank)

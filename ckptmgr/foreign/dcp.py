@@ -65,7 +65,7 @@ def judge(look: Look) -> None:
 def weights(look: Look) -> None:
     """Everything that the index names."""
     unfinished(look.folder, look.faults, r"\.metadata\.tmp|__[0-9]+\.metadata\.tmp", Kind.FILE)
-    index = _index(look)
+    index = indexes.read(look, INDEX, indexes.of_dcp)
     if index is None:
         return
     for name in index.homeless:
@@ -75,19 +75,6 @@ def weights(look: Look) -> None:
     for name in look.folder.matching(_DATA):
         if name not in index.pieces:
             look.note("F013", name)
-
-
-def _index(look: Look) -> indexes.Index | None:
-    if look.file(INDEX) is None:
-        return None
-    try:
-        with look.folder.opened(INDEX) as descriptor:
-            return indexes.of_dcp(indexes.read(descriptor, os.fstat(descriptor).st_size))
-    except Fault as fault:
-        look.note(fault.id, INDEX, fault.why)
-    except OSError as error:
-        look.note("F006", INDEX, str(error.strerror))
-    return None
 
 
 def _file(look: Look, name: str, pieces: list[indexes.Piece]) -> None:

@@ -15,9 +15,9 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from ckptmgr.foreign.contents import Fault, refuse_zeros
+from ckptmgr.foreign.contents import Fault, Look, refuse_zeros
 from ckptmgr.manifest import is_plain_relative
 from ckptmgr.pickles import StrictUnpickler, brief, check_key, is_plain_key_part
 
@@ -97,9 +97,26 @@ for _operation in (pickle.REDUCE, pickle.NEWOBJ):
     _Inert.dispatch[_operation[0]] = getattr(_Inert, StrictUnpickler.dispatch[_operation[0]].__name__)
 
 
-def read(descriptor: int, size: int) -> Any:
+Facts = TypeVar("Facts")
+
+
+def read(look: Look, name: str, facts: Callable[[Any], Facts]) -> Facts | None:
+    """What *facts* makes of the index *name* of a checkpoint; None, and a note, if it cannot be had."""
+    if look.file(name) is None:
+        return None
+    try:
+        with look.folder.opened(name) as descriptor:
+            return facts(unpickle(descriptor, os.fstat(descriptor).st_size))
+    except Fault as fault:
+        look.note(fault.id, name, fault.why)
+    except OSError as error:
+        look.note("F006", name, str(error.strerror))
+    return None
+
+
+def unpickle(descriptor: int, size: int) -> Any:
     """
-    What a pickle holds.
+    What a pickle holds, of a file that has not been read yet.
 
     Raises:
         Fault: It is cut short, is none, or is too large.
@@ -108,7 +125,8 @@ def read(descriptor: int, size: int) -> Any:
     if size > MAX_INDEX_BYTES:
         raise Fault("F015", f"an index of {size} bytes is too large to read")
     try:
-        return _Inert(io.BufferedReader(io.FileIO(os.dup(descriptor)))).load()
+        with io.BufferedReader(io.FileIO(descriptor, closefd=False)) as file:
+            return _Inert(file).load()
     except Fault:
         raise
     except EOFError as error:

@@ -9,7 +9,6 @@ checkpoint_writer.py, checkpoint_layout.py, metadata_serialization.py).
 from __future__ import annotations
 
 import collections
-import os
 from typing import Any
 
 from ckptmgr.errors import CheckpointError
@@ -55,40 +54,31 @@ def is_one(folder: Folder) -> bool:
 def judge(look: Look) -> None:
     """Every file that is there or should be."""
     ranks: dict[str, set[int]] = collections.defaultdict(set)
-    files = look.folder.matching(_FILE)
-    for match in files.values():
+    for match in look.folder.matching(_FILE).values():
         ranks[match[1]].add(int(match[2]))
-    named, world_size = _named(look) if look.folder.has(INDEX) else ({}, None)
-    of_items = {name for paths in named.values() for name in paths}
-    for name in sorted({*files, *of_items}):
+    found = indexes.read(look, INDEX, _described) if look.folder.has(INDEX) else None
+    named, world_size = found or ({}, None)
+    files = look.folder.matching(r".*\.(?:pt|safetensors|json)")
+    for name in sorted({*files, *(name for names in named.values() for name in names)}):
         look.any(name)
-    single = {item: those for item, those in ranks.items() if item not in named}
     most = world_size or 1 + max((rank for those in ranks.values() for rank in those), default=0)
-    for item, those in single.items():
-        # An item that only rank 0 has is meant to be so.
-        if those != {0}:
-            for rank in [rank for rank in range(min(most, 1 << 16)) if rank not in those][:1000]:
-                look.note("F007", f"{item}_{rank}.pt")
-    if look.asked.world_size not in (None, most) and any(those != {0} for those in single.values()):
-        look.note("F014", why=f"by {most} ranks, and {', '.join(sorted(single)[:3])} cannot be resharded")
+    # Each rank loads the file with its own number.
+    for item, those in ranks.items():
+        for rank in [rank for rank in range(min(most, 1 << 16)) if rank not in those and item not in named][:1000]:
+            look.note("F007", f"{item}_{rank}.pt")
+    alone = [item for item in ranks if item not in named]
+    if look.asked.world_size not in (None, most) and alone:
+        look.note("F014", why=f"by {most}, and {', '.join(sorted(alone)[:3])} cannot be resharded")
 
 
-def _named(look: Look) -> tuple[dict[str, list[str]], int | None]:
-    """The files of each item that ``metadata.pkl`` has, and by how many ranks they were saved."""
-    try:
-        with look.folder.opened(INDEX) as descriptor:
-            body = indexes.read(descriptor, os.fstat(descriptor).st_size)
-        items = body.get("metadata") if type(body) is dict else None
-        if type(items) is not dict:
-            raise Fault("F006", "it describes no items")
-        world_size = body.get("world_size")
-        named = {item: _files(item, about) for item, about in items.items() if type(item) is str}
-        return named, world_size if type(world_size) is int and 0 < world_size < 1 << 20 else None
-    except Fault as fault:
-        look.note(fault.id, INDEX, fault.why)
-    except OSError as error:
-        look.note("F006", INDEX, str(error.strerror))
-    return {}, None
+def _described(body: Any) -> tuple[dict[str, list[str]], int | None]:
+    """The files of each item that can be resharded, and by how many ranks they were saved."""
+    items = body.get("metadata") if type(body) is dict else None
+    if type(items) is not dict:
+        raise Fault("F006", "it describes no items")
+    world_size = body.get("world_size")
+    named = {item: _files(item, about) for item, about in items.items() if type(item) is str}
+    return named, world_size if type(world_size) is int and 0 < world_size < 1 << 20 else None
 
 
 def _files(item: str, about: Any) -> list[str]:
