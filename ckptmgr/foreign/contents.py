@@ -67,6 +67,11 @@ class Look:
         """Note a finding about the file *name*."""
         self.faults.add(id, self._prefix + name if name else self._prefix.rstrip("/"), why, level=level)
 
+    def unfinished(self, pattern: str, kind: Kind = Kind.DIRECTORY, *, level: Level | None = None) -> None:
+        """Note every name that *pattern* matches in full, as what the save has not finished."""
+        for name in self.folder.matching(pattern, kind):
+            self.note("F010", name, level=level)
+
     def file(self, name: str, *, empty: bool = False) -> Entry | None:
         """The regular file *name*, which must be there and, unless *empty*, have bytes."""
         entry = self.folder.entries.get(name)

@@ -13,7 +13,7 @@ import os
 
 from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign import huggingface, indexes
-from ckptmgr.foreign.contents import Fault, Look, at, check_archive
+from ckptmgr.foreign.contents import Fault, Look, at, check_archive, refuse_zeros
 from ckptmgr.foreign.ground import Folder, Kind
 from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, numbered, step_of, unfinished
 
@@ -64,7 +64,7 @@ def judge(look: Look) -> None:
 
 def weights(look: Look) -> None:
     """Everything that the index names."""
-    unfinished(look.folder, look.faults, r"\.metadata\.tmp|__[0-9]+\.metadata\.tmp", Kind.FILE)
+    look.unfinished(r"(?:__[0-9]+)?\.metadata\.tmp", Kind.FILE)
     index = indexes.read(look, INDEX, indexes.of_dcp)
     if index is None:
         return
@@ -94,20 +94,19 @@ def _file(look: Look, name: str, pieces: list[indexes.Piece]) -> None:
                 raise Fault("F003", f"{size} bytes, {needed} by the index")
             if sum(piece.length for piece in pieces) > size:
                 raise Fault("F006", "the index has pieces that overlap")
-            for piece in pieces:
-                _piece(look, descriptor, piece)
+            refuse_zeros(descriptor, size)
+            _pieces(look, descriptor, [piece for piece in pieces if piece.plain and piece.length])
     except Fault as fault:
         look.note(fault.id, last, fault.why)
     except OSError as error:
         look.note("F006", last, str(error.strerror))
 
 
-def _piece(look: Look, descriptor: int, piece: indexes.Piece) -> None:
-    """A piece is an archive of its own; what begins otherwise was written by another writer, and is not judged."""
-    if piece.length < 4 or not piece.plain:
-        return
-    begin = at(descriptor, piece.offset, 4)
-    if begin == b"PK\x03\x04":
-        check_archive(descriptor, piece.offset, piece.length, look.asked)
-    elif not any(begin) and not any(at(descriptor, piece.offset, min(piece.length, 1 << 16))):
-        raise Fault("F005", f"{piece.length} bytes at {piece.offset}")
+def _pieces(look: Look, descriptor: int, pieces: list[indexes.Piece]) -> None:
+    """Each is an archive of its own. If not one of them is, another writer wrote them, and they are not judged."""
+    begins = [at(descriptor, piece.offset, min(4, piece.length)) for piece in pieces]
+    for piece, begin in zip(pieces, begins, strict=True):
+        if begin == b"PK\x03\x04":
+            check_archive(descriptor, piece.offset, piece.length, look.asked)
+        elif b"PK\x03\x04" in begins:
+            raise Fault("F006" if any(begin) else "F005", f"what should be an archive, at {piece.offset}")

@@ -31,15 +31,18 @@ _MEANS = (
 def find(folder: Folder, claimed: set[str]) -> list[Found]:
     """Every directory with states of ranks, one that ``latest`` names, or the directory itself."""
     tracked = folder.line(TRACKER) if folder.has(TRACKER) else None
-    named = {each.path: each for each in numbered(folder, f"global_step{NUMBER}", judge)}
-    for name, below in folder.folders():
-        if below.path not in claimed and _has_states(below):
-            named.setdefault(below.path, Checkpoint(below, step_of(name), judge))
+    named = {
+        below.path: Checkpoint(below, step_of(name), judge)
+        for name, below in folder.folders()
+        if below.path not in claimed and _has_states(below)
+    }
+    marked = folder.has(TRACKER) and (str(tracked).startswith("global_step") or folder.has("zero_to_fp32.py"))
+    if named or marked:
+        named = {each.path: each for each in numbered(folder, f"global_step{NUMBER}", judge)} | named
     if not folder.path and _has_states(folder):
         named[""] = Checkpoint(folder, step_of(folder.root.name), judge)
     found = Found(LAYOUT, "checkpoint", _MEANS, [*named.values()])
-    marked = folder.has(TRACKER) and (bool(tracked) or folder.has("zero_to_fp32.py"))
-    if not found.checkpoints and not (marked and str(tracked).startswith("global_step")):
+    if not found.checkpoints and not marked:
         return []
     if "" in named:
         return [found]

@@ -61,8 +61,7 @@ def is_one(folder: Folder) -> bool:
 def judge(look: Look) -> None:
     """The step's description, and every item."""
     folder = look.folder
-    for name in folder.matching(_TEMPORARY, Kind.DIRECTORY):
-        look.note("F010", name, level=Level.ERROR)
+    look.unfinished(_TEMPORARY, level=Level.ERROR)
     items: list[str] = []
     if folder.has(ABOUT) or not folder.has(TREE):
         about = look.json(ABOUT)
@@ -82,8 +81,7 @@ def judge(look: Look) -> None:
 
 def _item(look: Look) -> None:
     folder = look.folder
-    for name in folder.matching(_TEMPORARY, Kind.DIRECTORY):
-        look.note("F010", name, level=Level.ERROR)
+    look.unfinished(_TEMPORARY, level=Level.ERROR)
     if not folder.entries:
         look.note("F002", why="an item without files")
     described: dict[str, Any] = {name: look.json(name) for name in _DESCRIPTIONS if name in folder.entries}

@@ -40,7 +40,8 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
         found.checkpoints.append(Checkpoint(folder, step_of(folder.root.name), functools.partial(judge, listed=None)))
     experiments = [(folder.root.name, folder), *folder.folders()]
     for generation, (name, experiment) in enumerate(experiments):
-        if _is_experiment(experiment, marked=bool(metas)):
+        inside = name == "checkpoints" and experiment is not folder
+        if not inside and _is_experiment(experiment, marked=bool(metas)):
             _experiment(name, experiment, generation, listed=listed, found=found, exports=exports)
     there = {(_experiment_of(each), each.folder.path.rpartition("/")[2]) for each in found.checkpoints}
     there |= {(_experiment_of(each), each.folder.path.rpartition("/")[2]) for each in exports.checkpoints}
@@ -78,8 +79,8 @@ def _experiment(
 
 
 def _experiment_of(checkpoint: Checkpoint) -> str:
-    parts = [checkpoint.folder.root.name, *checkpoint.folder.path.split("/")[:-1]]
-    return parts[-1] if parts[-1] != "checkpoints" else parts[-2]
+    *_, outer, inner = ("", *(checkpoint.folder.root / checkpoint.path).parent.parts)
+    return outer if inner == "checkpoints" else inner
 
 
 def _listed(folder: Folder, metas: Any, faults: Faults) -> set[tuple[str, str]] | None:
@@ -110,7 +111,7 @@ def _of_experiment(experiment: Any) -> Iterator[tuple[str, str]]:
 def judge(look: Look, *, listed: bool | None = None) -> None:
     """Weights, and the files of rank 0. *listed* is whether ``.xtuner`` has it; None if it cannot be asked."""
     folder = look.folder
-    unfinished(folder, look.faults, r"(?:weights|model|optimizer)\.incomplete")
+    look.unfinished(r"(?:weights|model|optimizer)\.incomplete")
     parts = [name for name in _WEIGHTS if name in folder.entries] or ["weights"]
     for name in parts:
         below = look.directory(name)
