@@ -71,8 +71,9 @@ class Finding:
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The finding as JSON-able facts."""
-        return {**dataclasses.asdict(self), "level": self.level.value, "files": list(self.files)}
+        """The finding as JSON-able facts; without a checkpoint if it is about none."""
+        facts = {**dataclasses.asdict(self), "level": self.level.value, "files": list(self.files)}
+        return facts if self.path is not None else {k: v for k, v in facts.items() if k not in ("path", "step")}
 
 
 class Faults:
