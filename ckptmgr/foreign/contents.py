@@ -136,6 +136,8 @@ class Look:
                 return parse(descriptor, os.fstat(descriptor).st_size, self.asked)
         except Fault as fault:
             self.note(fault.id, name, fault.why)
+        except MemoryError:
+            self.note("F015", name, "there is not the memory to read it")
         except (OSError, CheckpointError) as error:
             self.note("F006", name, getattr(error, "strerror", None) or str(error))
         return None

@@ -67,6 +67,8 @@ def weights(look: Look) -> None:
     look.unfinished(r"(?:__[0-9]+)?\.metadata\.tmp", Kind.FILE)
     index = indexes.read(look, INDEX, indexes.of_dcp)
     if index is None:
+        for name in look.folder.matching(_DATA):
+            look.bytes(name)
         return
     for name in index.homeless:
         look.note("F008", why=name)

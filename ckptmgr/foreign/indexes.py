@@ -129,6 +129,8 @@ def unpickle(descriptor: int, size: int) -> Any:
             return _Inert(file).load()
     except Fault:
         raise
+    except MemoryError as error:
+        raise Fault("F015", "there is not the memory to read it") from error
     except EOFError as error:
         raise Fault("F006", "it ends in the middle") from error
     except Exception as error:  # the pickle machine raises whatever its operations do on nonsense

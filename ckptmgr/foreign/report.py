@@ -37,9 +37,8 @@ FINDINGS: Mapping[str, str] = {
     "F017": "a checkpoint says of itself that it is of another step",
 }
 DAMAGE = frozenset({"F002", "F003", "F004", "F005", "F006", "F007", "F008", "F009", "F017"})
-_LEVELS = {
-    "F010": Level.WARNING, "F011": Level.WARNING, "F012": Level.WARNING, "F013": Level.WARNING, "F015": Level.INFO,
-}  # fmt: skip
+#: Those that are warnings unless said otherwise.
+_WARNINGS = frozenset({"F010", "F011", "F012", "F013", "F015"})
 _OLDER = "do not resume from it; take an older one, or restore it from a copy"
 _HINTS = {
     "F001": "was the right directory given?",
@@ -49,7 +48,7 @@ _HINTS = {
     "F012": "give its path to resume from it, if you know that its save has ended",
     "F013": "it may be left from an earlier save into the same directory; a reader that takes all files would take it",
     "F014": "resume with as many ranks as saved it",
-    "F015": "",
+    "F015": "for this part, take what is said of the checkpoint with care",
     "F016": "no link is followed: give the directory that it leads to",
 }
 #: Names that a finding spells out in its text, and that it carries.
@@ -85,7 +84,7 @@ class Faults:
 
     def add(self, id: str, name: str, why: str = "", *, level: Level | None = None) -> None:
         """Note that the finding *id* is true of the file *name*, because of *why*; *name* may be empty."""
-        key = (id, level or _LEVELS.get(id, Level.ERROR))
+        key = (id, level or (Level.WARNING if id in _WARNINGS else Level.ERROR))
         self._counts[key] = self._counts.get(key, 0) + 1
         found = self._found.setdefault(key, [])
         if len(found) < _KEPT:

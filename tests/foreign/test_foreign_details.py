@@ -265,7 +265,7 @@ def test_what_torchtitan_ends_with_may_be_a_model_alone(tmp_path: Path) -> None:
     report = report_of(tmp_path)
 
     assert newest(report).step == 20
-    assert [(each.id, each.level) for each in newest(report).findings] == [("F015", Level.INFO)]
+    assert [(each.id, each.level) for each in newest(report).findings] == [("F015", Level.WARNING)]
 
 
 def test_what_a_crash_left_of_dcp_is_no_checkpoint(theirs: Theirs) -> None:
@@ -632,7 +632,7 @@ def test_an_archive_from_before_zip_says_that_it_cannot_be_judged(tmp_path: Path
     save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
     save({"a": torch.ones(3)}, tmp_path / "epoch=0-step=1.ckpt")
 
-    assert found(report_of(tmp_path)) == [("F015", "info", ("epoch=0-step=1.ckpt",))]
+    assert found(report_of(tmp_path)) == [("F015", "warning", ("epoch=0-step=1.ckpt",))]
 
 
 def test_a_plain_pickle_is_judged_by_its_end(tmp_path: Path) -> None:
