@@ -26,7 +26,8 @@ _CHECKPOINT = rf"(?:ckpt|snapshot)-step-{NUMBER}"
 _EXPORT = rf"hf-{NUMBER}"
 _LISTS = ("checkpoint_list", "snap_checkpoint_list", "hf_checkpoint_list")
 _MEANS = "the weights are whole as for DCP, and train_state.json is there and of this step"
-_WEIGHTS = ("weights", "model", "optimizer")
+#: What ``weights`` was before it was one directory.
+_OLDER_WEIGHTS = ("model", "optimizer")
 
 
 def find(folder: Folder, claimed: set[str]) -> list[Found]:
@@ -36,7 +37,11 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
     found = Found(LAYOUT, "checkpoint", _MEANS, [])
     exports = Found(LAYOUT, "hf", f"{huggingface.LAYOUT}: the same", [])
     listed = _listed(folder, metas, found.faults)
-    if not folder.path and folder.has("train_state.json") and any(folder.has(n, Kind.DIRECTORY) for n in _WEIGHTS):
+    if (
+        not folder.path
+        and folder.has("train_state.json")
+        and any(folder.has(n, Kind.DIRECTORY) for n in ("weights", *_OLDER_WEIGHTS))
+    ):
         found.checkpoints.append(Checkpoint(folder, step_of(folder.root.name), functools.partial(judge, listed=None)))
     experiments = [(folder.root.name, folder), *folder.folders()]
     for generation, (name, experiment) in enumerate(experiments):
@@ -112,8 +117,8 @@ def judge(look: Look, *, listed: bool | None = None) -> None:
     """Weights, and the files of rank 0. *listed* is whether ``.xtuner`` has it; None if it cannot be asked."""
     folder = look.folder
     look.unfinished(r"(?:weights|model|optimizer)\.incomplete")
-    parts = [name for name in _WEIGHTS if name in folder.entries] or ["weights"]
-    for name in parts:
+    older = "weights" not in folder.entries and any(name in folder.entries for name in _OLDER_WEIGHTS)
+    for name in _OLDER_WEIGHTS if older else ("weights",):
         below = look.directory(name)
         if below is not None:
             dcp.weights(below)

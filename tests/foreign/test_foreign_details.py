@@ -126,6 +126,18 @@ def test_weights_that_xtuner_is_still_writing_are_not_complete(theirs: Theirs) -
     assert report.verdict is Verdict.OLDER
 
 
+def test_an_older_xtuner_has_two_directories_of_weights(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    checkpoint = directory / "20260801120000/checkpoints/ckpt-step-10"
+    shutil.copytree(checkpoint / "weights", checkpoint / "optimizer")
+    (checkpoint / "weights").rename(checkpoint / "model")
+    assert report_of(directory).chosen is not None
+    assert newest(report_of(directory)).complete
+
+    shutil.rmtree(checkpoint / "optimizer")
+    assert found(report_of(directory)) == [("F002", "error", ("optimizer",))]
+
+
 def test_exports_of_xtuner_are_a_series_of_their_own(theirs: Theirs) -> None:
     directory = theirs("xtuner")
     experiment = directory / "20260801120000"
