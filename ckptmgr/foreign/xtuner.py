@@ -37,11 +37,7 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
     found = Found(LAYOUT, "checkpoint", _MEANS, [])
     exports = Found(LAYOUT, "hf", f"{huggingface.LAYOUT}: the same", [])
     listed = _listed(folder, metas, found.faults)
-    if (
-        not folder.path
-        and folder.has("train_state.json")
-        and any(folder.has(n, Kind.DIRECTORY) for n in ("weights", *_OLDER_WEIGHTS))
-    ):
+    if not folder.path and folder.has("train_state.json") and folder.matching("weights|model", Kind.DIRECTORY):
         found.checkpoints.append(Checkpoint(folder, step_of(folder.root.name), functools.partial(judge, listed=None)))
     experiments = [(folder.root.name, folder), *folder.folders()]
     for generation, (name, experiment) in enumerate(experiments):

@@ -9,6 +9,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,10 +116,11 @@ def test_an_archive_that_claims_any_number_of_members(count: int, tmp_path: Path
 
 
 def test_members_that_are_all_the_same_bytes_are_not_read_again_and_again(tmp_path: Path) -> None:
-    archive(tmp_path / "last.ckpt", [row(b"x.pkl", 1 << 20, 0, crc=1)] * 100_000, member=1 << 20)
+    right = zlib.crc32(bytes(1 << 20))
+    archive(tmp_path / "last.ckpt", [row(b"x.pkl", 1 << 20, 0, crc=right)] * 100_000, member=1 << 20)
     code, document = check(tmp_path, "--deep")
 
-    assert (code, ids(document)) == (5, {"F009"})
+    assert (code, ids(document)) == (5, {"F006"})
 
 
 def test_members_without_bytes_are_counted_and_not_kept(tmp_path: Path) -> None:
