@@ -20,10 +20,10 @@ import ckptmgr
 
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
-    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems"},
+    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems", "pickles"},
     {"retention", "recovery", "resume", "storage", "durability"},
     {"rebuild"},
-    {"journal", "rundir", "ranks", "writers", "requests"},
+    {"journal", "rundir", "ranks", "writers", "requests", "foreign"},
     {"series", "commit", "doctor"},
     {"answers", "calls", "capture", "finalizer", "verify"},
     {"restore"},
@@ -193,6 +193,7 @@ def test_no_room_is_called_after_nothing():
         "import ckptmgr; ckptmgr.KeepLast, ckptmgr.SaveFailed, ckptmgr.CheckpointState, ckptmgr.Timeouts, dir(ckptmgr)",
         "import ckptmgr.journal, ckptmgr.rundir, ckptmgr.recovery, ckptmgr.resume, ckptmgr.retention, ckptmgr.cli",
         "import ckptmgr.writers.worker, ckptmgr.writers.jobs",
+        "import ckptmgr.foreign",
         "import ckptmgr.doctor, ckptmgr.doctor.trials, ckptmgr.storage, ckptmgr.filesystems",
         "from ckptmgr.cli import main; main(['ls', '/nonexistent'])",
     ],

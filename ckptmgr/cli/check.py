@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptmgr import recovery, resume
-from ckptmgr.cli import target
+from ckptmgr.cli import describe, foreign, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, size
 from ckptmgr.errors import JournalError
-from ckptmgr.resume import Level, ResumeReport, Verdict
+from ckptmgr.resume import ResumeReport, Verdict
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -24,22 +24,19 @@ DESCRIPTION = """\
 Say whether the run may be resumed and from which path, with every finding that
 speaks against it. Sizes are always compared with what was committed; --deep
 also reads every byte and compares the digests, of all series unless --series
-or --step is given."""
+or --step is given.
+
+A directory without a journal is judged by its files, if it has checkpoints of
+xtuner, Megatron, DeepSpeed, Hugging Face, Lightning, Orbax,
+torch_checkpointing, or torch.distributed.checkpoint (torchtitan)."""
 EXAMPLES = """\
   ckptmgr check runs/alpha
   ckptmgr check runs/alpha --world-size 16
+  ckptmgr check work_dirs/somebody-elses
   ckptmgr check runs/alpha --deep --json | jq '.reports[].candidates'"""
 
-_STATUS = {
-    Verdict.SAFE: Exit.OK,
-    Verdict.OLDER: Exit.OLDER_IS_SAFE,
-    Verdict.NONE: Exit.NOT_SAFE,
-    Verdict.UNSAFE: Exit.NOT_SAFE,
-    Verdict.CORRUPT: Exit.CORRUPT,
-}
 #: How often a series is looked at before it is said to change too fast.
 _LOOKS = 20
-_COLOURS = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +57,8 @@ def world_size(text: str) -> int:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Print the findings and the verdict."""
+    if (elsewhere := foreign.directory(args)) is not None:
+        return foreign.run(args, out, elsewhere)
     with target.reading(args, directory=True) as (journal, rundir):
         series = target.choose_series(journal, args.series)
         everything = args.deep and args.series is None and args.step is None
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if findings:
         out.table("LEVEL", "ID", "SERIES", "STEP", "FINDING", right=("STEP",)).add(
             [
-                Painted(finding.level.value, _COLOURS[finding.level]),
+                Painted(finding.level.value, describe.COLOUR_OF[finding.level]),
                 finding.id,
                 finding.series,
                 str(finding.step) if finding.step is not None else "",
@@ -214,7 +213,7 @@ def verify_digests(
 
 def status(report: ResumeReport) -> Exit:
     """The exit status that a verdict means."""
-    return _STATUS[report.verdict]
+    return describe.STATUS_OF[report.verdict]
 
 
 def verdict_line(report: ResumeReport, rundir: RunDirectory) -> Painted:

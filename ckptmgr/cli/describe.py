@@ -1,4 +1,4 @@
-"""What is said about one checkpoint and one transition, in words for people and as JSON for programs."""
+"""What is said about one checkpoint, transition or finding, in words for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Painted, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
+from ckptmgr.resume import Level, Verdict
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Verification
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
 #: The journal's newest decision about each checkpoint: keep or drop, and why.
 Decisions = Mapping[int, tuple[str, Sequence[str]]]
 
+#: The exit status that a verdict means.
+STATUS_OF = {
+    Verdict.SAFE: Exit.OK,
+    Verdict.OLDER: Exit.OLDER_IS_SAFE,
+    Verdict.NONE: Exit.NOT_SAFE,
+    Verdict.UNSAFE: Exit.NOT_SAFE,
+    Verdict.CORRUPT: Exit.CORRUPT,
+}
+#: The colour of a finding.
+COLOUR_OF = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim"}
 _COLOURS = {CheckpointState.COMMITTED: "green", CheckpointState.FAILED: "red"}
 
 

@@ -24,23 +24,20 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy
 import torch
 
 from ckptmgr.errors import CorruptCheckpoint
+from ckptmgr.pickles import MAX_CROWD, StrictUnpickler, brief, check_key, is_plain_key_part
 from ckptmgr.writers.arena import available_bytes
 
 #: Bytes of a ZIP directory and of any single read of it; a hundred bytes per tensor.
 _MAX_DIRECTORY_BYTES = 64 << 20
 #: Up to here nobody asks whether there is memory for an archive.
 _SMALL_BYTES = 64 << 20
-#: Parts of a mapping's key, which may be a tuple of tuples: hashing one that refers to itself often takes for ever.
-_MAX_KEY_PARTS = 1000
-#: Keys of one mapping with one and the same hash, each of which is compared with all others.
-_MAX_CROWD = 1000
 #: Parts that one may come by who walks through a value: so many in any case, and so many for each byte of its archive.
 _MAX_PARTS = 10_000_000
 _MAX_PARTS_PER_BYTE = 10
@@ -170,137 +167,11 @@ class _Archive:
         return bytes(data)
 
 
-class StrictUnpickler(pickle._Unpickler):
-    """
-    Python's own unpickler, in Python, with a short list of what may happen.
-
-    Not the one in C, which makes room for any number that a memo is said to have: 64 GiB for nine bytes.
-    Subclasses say which names there are (`names`), what may be called and how (`calls`), and what a state
-    may be given to (`build`).
-    """
-
-    #: "module name" → what it stands for. Nothing is imported.
-    names: Mapping[str, Any]
-    #: id of what may be called → what is done instead, with the arguments. What is on the stack may not be hashable.
-    calls: Mapping[int, Callable[..., Any]]
-    #: Classes that objects are made of before they are given their state.
-    classes: tuple[type, ...] = ()
-
-    stack: list[Any]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="utf-8")
-        #: id of a mapping → how many of its keys have which hash.
-        self._crowds: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = f"{_MODULES.get(module, module)} {name}"
-        if key not in self.names:
-            raise pickle.UnpicklingError(f"it refers to {module[:80]}.{name[:80]}, which has no place there")
-        return self.names[key]
-
-    def build(self, made: Any, state: Any) -> None:
-        """Give *made* its state, if both are what they should be."""
-        del state
-        raise pickle.UnpicklingError(f"a state for a {type(made).__name__}")
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        call = self.calls.get(id(self.stack[-1]))
-        if call is None or type(arguments) is not tuple:
-            raise pickle.UnpicklingError(f"a call of {brief(self.stack[-1])}")
-        self.stack[-1] = call(*arguments)
-
-    def load_newobj(self) -> None:
-        arguments = self.stack.pop()
-        kind = self.stack.pop()
-        if not any(kind is known for known in self.classes) or type(arguments) is not tuple or arguments:
-            raise pickle.UnpicklingError(f"an object of {brief(kind)}")
-        self.append(kind.__new__(kind))
-
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        self.build(self.stack[-1], state)
-
-    def load_appends(self) -> None:
-        items = self.pop_mark()
-        if type(self.stack[-1]) is not list:
-            raise pickle.UnpicklingError("items for what is no list")
-        self.stack[-1].extend(items)
-
-    def load_append(self) -> None:
-        item = self.stack.pop()
-        if type(self.stack[-1]) is not list:
-            raise pickle.UnpicklingError("an item for what is no list")
-        self.stack[-1].append(item)
-
-    def load_setitems(self) -> None:
-        self.set_items(self.pop_mark())
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def set_items(self, items: list[Any]) -> None:
-        """Put keys and values, one after the other, into the mapping on top of the stack."""
-        if type(self.stack[-1]) not in (dict, collections.OrderedDict, collections.Counter):
-            raise pickle.UnpicklingError("pairs for what is no mapping")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.check_key(key)
-            if not is_simple_key(key):
-                crowd = self._crowds[id(self.stack[-1])]
-                crowd[hash(key)] += 1
-                if crowd[hash(key)] > _MAX_CROWD:
-                    raise pickle.UnpicklingError("too many keys with one hash")
-            self.stack[-1][key] = value
-
-    def check_key(self, key: Any) -> None:
-        """Refuse what would take long to hash, or run something when it is."""
-        _check_key(key)
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
+def _is_key_part(part: Any) -> bool:
+    return is_plain_key_part(part) or type(part) in _KEYS or isinstance(part, numpy.generic)
 
 
-#: What of the pickle machine is needed to read what ``pickle.dumps`` writes of data, protocols 2 to 5.
-_OPERATIONS = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE"
-    " BINUNICODE8 SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST"
-    " APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ BINPERSID BINGET LONG_BINGET"
-    " BINPUT LONG_BINPUT MEMOIZE"
-)
-for _name in _OPERATIONS.split():
-    _code = getattr(pickle, _name)[0]
-    _inherited = pickle._Unpickler.dispatch[_code]
-    StrictUnpickler.dispatch[_code] = getattr(StrictUnpickler, _inherited.__name__)
-#: Names of modules in pickles of protocol 2, which Python 2 was to read.
-_MODULES = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}
-_KEYS = {str, int, float, complex, bool, bytes, type(None), torch.dtype, torch.Size, torch.device}
-
-
-def _check_key(key: Any) -> None:
-    waiting = [key]
-    parts = 0
-    while waiting:
-        part = waiting.pop()
-        parts += 1
-        if parts > _MAX_KEY_PARTS or (type(part) is tuple and len(part) > _MAX_KEY_PARTS):
-            raise pickle.UnpicklingError("a key of too many parts")
-        if type(part) is tuple:
-            waiting += part
-        elif type(part) not in _KEYS and not isinstance(part, numpy.generic):
-            raise pickle.UnpicklingError(f"a {type(part).__name__} as a key")
-
-
-def brief(value: Any) -> str:
-    """What to call a value from a pickle in a message: a container may be small and take for ever to spell out."""
-    return str(value)[:80] if isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
-
-
-def is_simple_key(key: Any) -> bool:
-    """Text, whose hash depends on a secret of the process, and whole numbers of a usual size, whose hashes differ."""
-    return type(key) is str or (type(key) is int and hash(key) == key)
+_KEYS = frozenset({torch.dtype, torch.Size, torch.device})
 
 
 def most_parts(length: int) -> int:
@@ -353,6 +224,9 @@ class _Values(StrictUnpickler):
         super().__init__(io.BytesIO(archive.bytes("data.pkl")))
         self._archive = archive
         self._storages: dict[str, _Storage] = {}
+
+    def check_key(self, key: Any) -> None:
+        check_key(key, _is_key_part)
 
     def persistent_load(self, pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
@@ -532,8 +406,8 @@ def _set(items: Any) -> set[Any]:
     if type(items) is not list:
         _refuse("a set made of something else")
     for item in items:
-        _check_key(item)
-    if max(collections.Counter(map(hash, items)).values(), default=0) > _MAX_CROWD:
+        check_key(item, _is_key_part)
+    if max(collections.Counter(map(hash, items)).values(), default=0) > MAX_CROWD:
         _refuse("too many items with one hash")
     return set(items)
 

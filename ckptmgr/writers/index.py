@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ckptmgr import reach
 from ckptmgr.errors import CorruptCheckpoint
+from ckptmgr.pickles import StrictUnpickler, brief
 from ckptmgr.writers import archives
 
 INDEX_NAME = ".metadata"
@@ -93,7 +94,7 @@ def check(metadata: Any, files: Mapping[str, int]) -> None:
             raise ValueError("it places what is no entry")
         name = place.relative_path
         if type(name) is not str or name not in files:
-            raise ValueError(f"it names the file {archives.brief(name)!r}, which is none of the checkpoint's")
+            raise ValueError(f"it names the file {brief(name)!r}, which is none of the checkpoint's")
         for number in (place.offset, place.length):
             _check_number(number)
         used[name] += place.length
@@ -149,10 +150,10 @@ def _check_tensor(fqn: str, about: TensorStorageMetadata, places: Mapping[Any, A
 
 def _check_number(number: Any) -> None:
     if type(number) is not int or not 0 <= number < 1 << 63:
-        raise ValueError(f"a number is {archives.brief(number)!r}")
+        raise ValueError(f"a number is {brief(number)!r}")
 
 
-class _Index(archives.StrictUnpickler):
+class _Index(StrictUnpickler):
     """Makes the classes of an index and nothing else."""
 
     classes = _CLASSES

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
 from ckptmgr.manifest import is_text
+from ckptmgr.pickles import is_simple_key
 from ckptmgr.writers import archives
 
 State = Mapping[str, Any]
@@ -212,5 +213,5 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(_is_plain(item) for item in value)
     if type(value) in (dict, OrderedDict):
-        return all(archives.is_simple_key(key) and _is_plain(item) for key, item in value.items())
+        return all(is_simple_key(key) and _is_plain(item) for key, item in value.items())
     return False

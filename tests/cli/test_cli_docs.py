@@ -17,6 +17,7 @@ from run_on_disk import Call, Run, S, start
 from ckptmgr import recovery, storage
 from ckptmgr.cli import COMMANDS, build_parser
 from ckptmgr.cli.exit_codes import Exit
+from ckptmgr.foreign import report
 from ckptmgr.lifecycle import Format, RetirementMark
 from ckptmgr.resume import FINDINGS, Verdict
 
@@ -148,6 +149,13 @@ def test_every_finding_and_verdict_is_documented() -> None:
         assert text.startswith(FINDINGS[id.strip("`")])
 
 
+def test_every_finding_about_other_checkpoints_is_documented() -> None:
+    section = sections()["Without a journal"]
+
+    assert {row[0].strip("`"): row[2] for row in table(section, first="finding")} == dict(report.FINDINGS)
+    assert {row[0].strip("`") for row in table(section, first="verdict")} == {each.value for each in Verdict}
+
+
 def test_every_finding_and_verdict_of_the_doctor_is_documented() -> None:
     section = sections()["ckptmgr doctor"]
 
@@ -276,6 +284,20 @@ def test_json_of_pin_and_unpin(run: Run, ckptmgr: Call, command: str) -> None:
     assert [document["changed"] for document in documents] == [True, False]
     documents.append({**documents[-1], "by": "CheckpointManager, pid 1 on node-1, since 2026-01-01 00:00:00Z"})
     assert_documented(f"ckptmgr {command}", documents)
+def test_json_of_check_without_a_journal(tmp_path: Path, ckptmgr: Call) -> None:
+    whole, torn, empty = tmp_path / "whole", tmp_path / "torn", tmp_path / "empty"
+    for directory in (whole, torn):
+        directory.mkdir()
+        for step in (1, 2):
+            (directory / f"epoch=0-step={step}.ckpt").write_bytes(b"\x80\x04N.")
+    (torn / "epoch=0-step=2.ckpt").write_bytes(b"")
+    (torn / "last.ckpt").symlink_to("nothing")
+    empty.mkdir()
+    (empty / "latest_checkpointed_iteration.txt").write_text("5")
+    documents = [ckptmgr("check", directory, "--json").json for directory in (whole, torn, empty)]
+
+    assert_documented("Without a journal", documents)
+    assert [document["exit_code"] for document in documents] == [0, 4, 3]
 
 
 def test_json_of_recover(full: Run, ckptmgr: Call, tmp_path: Path) -> None:

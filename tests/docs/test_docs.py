@@ -20,6 +20,7 @@ from sqlalchemy import CheckConstraint
 import ckptmgr
 from ckptmgr import errors, filesystems, manifest, options, rundir, storage
 from ckptmgr.cli import COMMANDS
+from ckptmgr.foreign import LAYOUTS, report
 from ckptmgr.journal import schema
 from ckptmgr.lifecycle import CheckpointState, Format
 from ckptmgr.resume import FINDINGS, Verdict
@@ -190,9 +191,13 @@ def test_rank_failures_are_documented_field_by_field() -> None:
 def test_every_finding_is_documented_with_its_meaning() -> None:
     text = read("docs/reference/findings.md")
 
-    assert {code(row[0]): row[2] for row in table(text, first="id")} == {**FINDINGS, **storage.FINDINGS}
-    explained = {name for line in re.findall(r"^(`[RD][0-9]+`.*)$", text, flags=re.MULTILINE) for name in codes(line)}
-    assert explained == {*FINDINGS, *storage.FINDINGS}
+    assert {code(row[0]): row[2] for row in table(text, first="id")} == {
+        **FINDINGS,
+        **storage.FINDINGS,
+        **report.FINDINGS,
+    }
+    explained = {name for line in re.findall(r"^(`[RDF][0-9]+`.*)$", text, flags=re.MULTILINE) for name in codes(line)}
+    assert explained == {*FINDINGS, *storage.FINDINGS, *report.FINDINGS}
 
 
 def test_the_levels_that_a_finding_of_the_doctor_can_have_are_those_of_the_table() -> None:
@@ -212,6 +217,12 @@ def test_the_network_file_systems_that_ckptmgr_knows_are_listed() -> None:
     network = {row.name for row in filesystems.FILE_SYSTEMS.values() if row.kind is filesystems.Kind.NETWORK}
 
     assert {"NFS", "Lustre", "GPFS", "BeeGFS", "CephFS", "SMB"} <= set(listed) <= network | {"FUSE", "object stores"}
+
+
+def test_every_layout_of_another_library_is_listed() -> None:
+    rows = table(read("docs/howto/judge-other-checkpoints.md"), first="layout")
+
+    assert [row[0] for row in rows] == [layout.LAYOUT for layout in LAYOUTS]
 
 
 def test_every_verdict_is_documented() -> None:

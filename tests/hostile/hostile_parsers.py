@@ -6,8 +6,7 @@ of it is allowed: an answer or an error of ours, no more memory and time than a 
 nothing touched outside of the run, nothing run. `make fuzz` drives the harnesses by coverage, and
 `test_hostile_parsers` by Hypothesis.
 
-Not here, because ckptmgr writes it and never reads it: the headers of safetensors files, and their index.
-Nor what its own processes tell each other over private pipes and Gloo.
+Not here: what its own processes tell each other over private pipes and Gloo.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import torch
 from guard import Guard
 from hostile_kit import MOST_MIB, MOST_S, forget_peak, peak_kib, tame
 
-from ckptmgr import PerRank, RandomState, filesystems, recovery, requests
+from ckptmgr import PerRank, RandomState, filesystems, foreign, recovery, requests
 from ckptmgr.errors import CheckpointError
 from ckptmgr.journal import Journal, seal
 from ckptmgr.manifest import MANIFEST_NAME, Manifest, is_run_id
@@ -741,6 +740,59 @@ def _mounts_seeds(ground: Ground) -> list[bytes]:
     return [*lines, b"\n".join(lines)]
 
 
+# -- checkpoints of others ---------------------------------------------------------------------------------------
+
+
+def _others(ground: Ground, files: Mapping[str, bytes]) -> None:
+    """A directory of another library with these files."""
+    theirs = ground.home / "theirs"
+    with Guard.of_this_process().looking_away():
+        shutil.rmtree(theirs, ignore_errors=True)
+        for name, data in files.items():
+            (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+            (theirs / name).write_bytes(data)
+    report = foreign.judge(theirs, foreign.Asked(deep=True, world_size=3))
+    assert report is not None
+    _require_tame(json.dumps(report.to_dict()))
+    for judged in report.layouts:
+        for finding in (*judged.findings, *(one for each in judged.candidates for one in each.findings)):
+            _require_tame(finding.text)
+            assert len(finding.text) < 2000, f"{len(finding.text)} characters"
+
+
+def _of_others(*names: str, **beside: bytes) -> Callable[[Ground, bytes], None]:
+    more = {name.replace("_DOT_", "."): data for name, data in beside.items()}
+    return lambda ground, data: _others(ground, {**more, **dict.fromkeys(names, data)})
+
+
+def _their_index(ground: Ground, data: bytes) -> None:
+    shards = {name: (ground.step / name).read_bytes() for name in ("__0_0.distcp", "__0_1.distcp")}
+    _others(ground, {f"step-2/{name}": shard for name, shard in {**shards, ".metadata": data}.items()})
+
+
+def _their_json(ground: Ground, data: bytes) -> None:
+    """Everything that is JSON in any of them."""
+    places = (
+        ".xtuner", "20260801/checkpoints/ckpt-step-1/train_state.json", "checkpoint-1/trainer_state.json",
+        "iter_0000001/metadata.json", "1/_CHECKPOINT_METADATA", "1/default/_METADATA", "model.safetensors.index.json",
+    )  # fmt: skip
+    text = {"latest_checkpointed_iteration.txt": data, "latest": data}
+    _others(ground, {**dict.fromkeys(places, data), **text})
+
+
+def _their_header_seeds(ground: Ground) -> list[bytes]:
+    real = next(ground.run.glob("hf/hf-2/*.safetensors")).read_bytes()
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return [real, struct.pack("<Q", len(header)) + header + bytes(4), struct.pack("<Q", 1 << 62) + header]
+
+
+def _their_json_seeds(ground: Ground) -> list[bytes]:
+    del ground
+    weights = {"metadata": {"total_size": 4}, "weight_map": {"a": "model.safetensors", "b": "../x", "c": "x.bin"}}
+    lists = {"exp_dir": "/x/20260801", "checkpoint_list": ["/x/20260801/checkpoints/ckpt-step-1"], "cur_step": 1}
+    return [json.dumps({"exps": [lists], "item_handlers": {"default": "x"}, **weights}).encode(), b"[" * 100_000]
+
+
 _IN_JSON = (
     *(b"NaN", b"Infinity", b"-1", b"1e999", b"9" * 30, b"null", b"true", b"[]", b"{}", b"[[", b'"', b"\\u0000"),
     *(b"\\ud800", b"../", b"/etc/passwd", b"\x1b[2J", b"'; DROP TABLE run; --"),
@@ -775,6 +827,11 @@ HARNESSES = {
         Harness("link", _link, lambda g: [b"hf-2", b"../..", b"\x1b[2J", b"\xff"], most_bytes=4096),
         Harness("names", _names, _names_seeds, (b".e1.a9.incomplete", b".retired", b"step-", b"hf-"), most_bytes=2048),
         Harness("requests", _requests, _requests_seeds, (*_IN_JSON, b'"last"', b'"n"', b'"hours"'), most_bytes=4096),
+        Harness("their-index", _their_index, _index_seeds, (*_OF_INDEX, *_IN_PICKLES[:40])),
+        Harness("their-metadata", _of_others("step_1/metadata.pkl"), _pickle_seeds, _IN_PICKLES[:40]),
+        Harness("their-archive", _of_others("last.ckpt"), _archive_seeds, (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6")),
+        Harness("their-header", _of_others("model.safetensors", config_DOT_json=b"{}"), _their_header_seeds, _IN_JSON),
+        Harness("their-json", _their_json, _their_json_seeds, _IN_JSON),
         Harness("mounts", _mounts, _mounts_seeds, (b" - ", rb"\040", rb"\777", b"fuse"), most_bytes=4096),
     )
 }

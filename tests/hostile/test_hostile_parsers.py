@@ -27,7 +27,10 @@ from ckptmgr.manifest import MANIFEST_NAME
 from ckptmgr.writers import archives
 
 #: How many inputs each parser gets of each kind: those that read a whole run take longer.
-FEW = {"journal": 25, "rollback": 30, "rows": 20, "upgrade": 25, "meta": 25, "link": 25, "names": 20, "index": 150}
+FEW = {
+    "journal": 25, "rollback": 30, "rows": 20, "upgrade": 25, "meta": 25, "link": 25, "names": 20, "index": 150,
+    "their-json": 60,
+}  # fmt: skip
 MANY = 150
 
 

@@ -1,0 +1,94 @@
+"""
+DeepSpeed: ``latest``, a file with the name of a directory, and directories ``global_stepN`` with a file per rank.
+
+Every data-parallel rank writes ``[bf16_|fp16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt``; the model is in
+``mp_rank_MM_model_states.pt``, or with ZeRO-3 in one file per rank too. ``latest`` is written when all ranks are
+through, and in place (deepspeedai/DeepSpeed, deepspeed/runtime/engine.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+from ckptmgr.errors import CheckpointError
+from ckptmgr.foreign.contents import Look
+from ckptmgr.foreign.ground import Folder, Kind
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, gaps, numbered, step_of
+from ckptmgr.resume import Level
+
+LAYOUT = "DeepSpeed"
+TRACKER = "latest"
+_STATES = r".*mp_rank_[0-9]+.*_(?:model|optim)_states\.pt"
+_OPTIMIZER = rf"(?:bf16_|fp16_)?zero_pp_rank_{NUMBER}_mp_rank_{NUMBER}_optim_states\.pt"
+_MODEL = rf"mp_rank_{NUMBER}_model_states\.pt"
+_MODEL_3 = rf"zero_pp_rank_{NUMBER}_mp_rank_{NUMBER}_model_states\.pt"
+_MEANS = (
+    "latest names it or a newer one, each file is a whole archive, and no rank is missing between others; that the "
+    "last ranks are missing cannot be told, unless the model's files tell"
+)
+
+
+def find(folder: Folder, claimed: set[str]) -> list[Found]:
+    """Every directory with states of ranks, one that ``latest`` names, or the directory itself."""
+    tracked = folder.line(TRACKER) if folder.has(TRACKER) else None
+    named = {
+        below.path: Checkpoint(below, step_of(name), judge)
+        for name, below in folder.folders()
+        if below.path not in claimed and _has_states(below)
+    }
+    marked = folder.has(TRACKER) and (str(tracked).startswith("global_step") or folder.has("zero_to_fp32.py"))
+    if named or marked:
+        named = {each.path: each for each in numbered(folder, f"global_step{NUMBER}", judge)} | named
+    if not folder.path and _has_states(folder):
+        named[""] = Checkpoint(folder, step_of(folder.root.name), judge)
+    found = Found(LAYOUT, "checkpoint", _MEANS, [*named.values()])
+    if not found.checkpoints and not marked:
+        return []
+    if "" in named:
+        return [found]
+    if not tracked:
+        found.faults.add("F011", TRACKER, "it is empty or unreadable" if folder.has(TRACKER) else "it is missing")
+    elif not folder.has(tracked, Kind.DIRECTORY):
+        found.faults.add("F011", TRACKER, f"it names {tracked}")
+    elif (step := step_of(tracked)) is not None:
+        found.checkpoints = [
+            each
+            if each.step is None or each.step <= step
+            else Checkpoint(each.folder, each.step, functools.partial(judge, tracked=tracked))
+            for each in found.checkpoints
+        ]
+    return [found]
+
+
+def _has_states(folder: Folder) -> bool:
+    try:
+        return bool(folder.matching(_STATES))
+    except (OSError, CheckpointError):
+        return False
+
+
+def judge(look: Look, *, tracked: str | None = None) -> None:
+    """Every rank's file. *tracked* is what ``latest`` names instead, if that is older than this one."""
+    if tracked is not None:
+        # Written after all ranks are through, it is all that says that they were.
+        look.note("F012", why=f"latest still names {tracked}: nothing says that this save has ended", level=Level.ERROR)
+    folder = look.folder
+    for name in folder.matching(r".*\.pt"):
+        look.archive(name)
+    optimizer = {(int(m[1]), int(m[2])): name for name, m in folder.matching(_OPTIMIZER).items()}
+    model_3 = {(int(m[1]), int(m[2])): name for name, m in folder.matching(_MODEL_3).items()}
+    model = {int(match[1]) for match in folder.matching(_MODEL).values()}
+    layers = folder.matching(r"layer_.*model_states\.pt")
+    if not (model or model_3 or layers):
+        look.note("F002", "mp_rank_00_model_states.pt", "or another file of the model")
+    for rank in gaps(model):
+        look.note("F007", f"mp_rank_{rank:02}_model_states.pt")
+    ranks = {*optimizer, *model_3}
+    for dp in range(min(1 << 16, 1 + max((dp for dp, _ in ranks), default=-1))):
+        for mp in sorted({*model, *(mp for _, mp in ranks)}):
+            if optimizer and (dp, mp) not in optimizer:
+                look.note("F007", f"zero_pp_rank_{dp}_mp_rank_{mp:02}_optim_states.pt")
+            if model_3 and (dp, mp) not in model_3:
+                look.note("F007", f"zero_pp_rank_{dp}_mp_rank_{mp:02}_model_states.pt")
+    if optimizer and look.asked.world_size not in (None, len(optimizer)):
+        look.note("F014", why=f"by {len(optimizer)}; make it universal to resume with another number")

@@ -1,0 +1,666 @@
+"""What each layout has of its own: trackers, leftovers, ranks, indexes, steps."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import layouts_on_disk as made
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from layouts_on_disk import WEIGHTS, text, torch_save
+
+from ckptmgr.foreign import Asked, judge
+from ckptmgr.foreign.report import DAMAGE, FINDINGS, Candidate, ForeignReport
+from ckptmgr.resume import Level, Verdict
+
+Theirs = Callable[[str], Path]
+
+
+def report_of(directory: Path, **asked: object) -> ForeignReport:
+    report = judge(directory, Asked(**asked))  # type: ignore[arg-type]
+    assert report is not None
+    return report
+
+
+def newest(report: ForeignReport) -> Candidate:
+    return report.layouts[0].candidates[0]
+
+
+def found(report: ForeignReport) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Id, level and files of everything that was found."""
+    return [
+        (each.id, each.level.value, each.files)
+        for judged in report.layouts
+        for each in (*judged.findings, *(one for candidate in judged.candidates for one in candidate.findings))
+    ]
+
+
+def test_all_damage_is_known() -> None:
+    assert set(FINDINGS) > DAMAGE
+
+
+# -- nothing, or several things ---------------------------------------------------------------------------
+
+
+def test_an_empty_directory_is_no_layout(tmp_path: Path) -> None:
+    assert judge(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["step-500", "checkpoint-5", "iter_0000005", "500", "global_step5", "hf-3"])
+def test_a_directory_by_that_name_alone_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    text(tmp_path / name / "notes.txt", "nothing")
+    text(tmp_path / "model_0.pt", "x")
+
+    assert judge(tmp_path) is None
+
+
+def test_several_layouts_in_one_directory_are_all_judged_and_the_worst_decides(tmp_path: Path) -> None:
+    made.hf_trainer(tmp_path)
+    made.deepspeed(tmp_path)
+    made.shards(tmp_path)
+    report = report_of(tmp_path)
+
+    assert {each.layout for each in report.layouts} == {"Hugging Face Trainer", "DeepSpeed", "Hugging Face model"}
+    assert report.verdict is Verdict.SAFE
+    os.truncate(tmp_path / "checkpoint-10" / "optimizer.pt", 100)
+    report = report_of(tmp_path)
+    assert report.verdict is Verdict.OLDER
+    # A model that was exported beside them is not what a training is resumed from.
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-10", dirs_exist_ok=True)
+    text(tmp_path / "checkpoint-10" / "trainer_state.json", {"global_step": 10})
+    os.truncate(tmp_path / "model-00001-of-00002.safetensors", 10)
+    assert report_of(tmp_path).verdict is Verdict.SAFE
+
+
+# -- xtuner -------------------------------------------------------------------------------------------------
+
+
+def test_xtuner_lists_what_is_not_there(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    shutil.rmtree(directory / "20260801120000/checkpoints/ckpt-step-10")
+    report = report_of(directory)
+
+    assert found(report) == [("F011", "warning", ("20260801120000/ckpt-step-10",))]
+    assert report.verdict is Verdict.SAFE
+    assert report.chosen is not None
+    assert report.chosen.step == 5
+
+
+def test_xtuner_does_not_list_what_is_there(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    body = json.loads((directory / ".xtuner").read_text())
+    body["exps"][0]["checkpoint_list"].pop()
+    text(directory / ".xtuner", body)
+    report = report_of(directory)
+
+    assert found(report) == [("F012", "warning", ())]
+    assert report.chosen is newest(report)
+
+
+@pytest.mark.parametrize("content", ["", '{"exps": [{"exp_d', "[]", '{"exps": 3}'])
+def test_a_torn_meta_file_of_xtuner_is_said_and_does_not_hide_its_checkpoints(content: str, theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    (directory / ".xtuner").write_text(content)
+    report = report_of(directory)
+
+    assert found(report) == [("F011", "warning", (".xtuner",))]
+    assert report.verdict is Verdict.SAFE
+
+
+def test_weights_that_xtuner_is_still_writing_are_not_complete(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    weights = directory / "20260801120000/checkpoints/ckpt-step-10/weights"
+    weights.rename(weights.with_name("weights.incomplete"))
+    report = report_of(directory)
+
+    assert [id for id, *_ in found(report)] == ["F002", "F010"]
+    assert report.verdict is Verdict.OLDER
+
+
+def test_an_older_xtuner_has_two_directories_of_weights(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    checkpoint = directory / "20260801120000/checkpoints/ckpt-step-10"
+    shutil.copytree(checkpoint / "weights", checkpoint / "optimizer")
+    (checkpoint / "weights").rename(checkpoint / "model")
+    assert report_of(directory).chosen is not None
+    assert newest(report_of(directory)).complete
+
+    shutil.rmtree(checkpoint / "optimizer")
+    assert found(report_of(directory)) == [("F002", "error", ("optimizer",))]
+
+
+def test_exports_of_xtuner_are_a_series_of_their_own(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    experiment = directory / "20260801120000"
+    made.shards(experiment / "hf-10")
+    (experiment / ".hf-20.incomplete").mkdir()
+    (experiment / "hf-latest").symlink_to("/somewhere/else/hf-30")
+    checkpoints, exports = report_of(directory).layouts
+
+    assert (checkpoints.series, exports.series) == ("checkpoint", "hf")
+    assert [each.path for each in exports.candidates] == ["20260801120000/hf-10"]
+    assert [each.id for each in exports.findings] == ["F010", "F011"]
+
+
+def test_a_later_experiment_of_xtuner_is_newer_whatever_its_steps(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    old = directory / "20260801120000"
+    shutil.copytree(old / "checkpoints" / "ckpt-step-5", directory / "20260901120000" / "checkpoints" / "ckpt-step-5")
+
+    assert newest(report_of(directory)).path == "20260901120000/checkpoints/ckpt-step-5"
+
+
+@pytest.mark.parametrize("below", ["20260801120000", "20260801120000/checkpoints"])
+def test_xtuner_is_recognised_from_below(below: str, theirs: Theirs) -> None:
+    report = report_of(theirs("xtuner") / below)
+
+    assert report.layouts[0].layout == "xtuner"
+    assert [each.step for each in report.layouts[0].candidates] == [10, 5]
+
+
+# -- DCP ------------------------------------------------------------------------------------------------------
+
+
+def dcp_save(path: Path, state: dict[str, torch.Tensor]) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
+def test_an_old_index_over_new_data_is_found(tmp_path: Path) -> None:
+    """The same names saved again into the same directory by a job that died before the index."""
+    dcp_save(tmp_path / "new", {name: torch.zeros(50) for name in WEIGHTS})
+    dcp_save(tmp_path / "step-5", dict(WEIGHTS))
+    shutil.copy(tmp_path / "new" / "__0_0.distcp", tmp_path / "step-5" / "__0_0.distcp")
+    shutil.rmtree(tmp_path / "new")
+    report = report_of(tmp_path)
+
+    assert found(report) == [("F003", "error", ("__0_0.distcp",))]
+
+
+def test_a_piece_full_of_zeros_is_found(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    data = directory / "checkpoint/step-10/__0_0.distcp"
+    with data.open("r+b") as file:
+        file.write(bytes(1000))
+
+    assert [each.id for each in newest(report_of(directory)).findings] == ["F005"]
+
+
+def test_the_second_half_full_of_zeros_is_found(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    data = directory / "checkpoint/step-10/__0_0.distcp"
+    size = data.stat().st_size
+    with data.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+
+    assert [each.id for each in newest(report_of(directory)).findings] in (["F003"], ["F005"])
+
+
+def test_tensors_whose_pieces_stand_nowhere_are_found(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    path = directory / "checkpoint/step-10/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    at = next(at for at in metadata.storage_data if at.fqn == "model.layer.weight")
+    del metadata.storage_data[at]
+    path.write_bytes(pickle.dumps(metadata))
+    candidate = newest(report_of(directory))
+
+    assert [each.id for each in candidate.findings] == ["F008"]
+    assert "model.layer.weight" in candidate.findings[0].text
+
+
+def test_the_pieces_of_a_tensor_are_told_apart_by_where_they_begin(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    path = directory / "checkpoint/step-10/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    chunk = metadata.state_dict_metadata["model.layer.weight"].chunks[0]
+    metadata.state_dict_metadata["model.layer.weight"].chunks.append(
+        type(chunk)(offsets=torch.Size([3, 0]), sizes=chunk.sizes)
+    )
+    path.write_bytes(pickle.dumps(metadata))
+
+    assert [each.id for each in newest(report_of(directory)).findings] == ["F008"]
+
+
+def test_data_of_a_rank_that_the_index_does_not_name_is_a_warning(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    shutil.copy(directory / "checkpoint/step-5/__0_0.distcp", directory / "checkpoint/step-10/__7_0.distcp")
+    report = report_of(directory)
+
+    assert found(report) == [("F013", "warning", ("__7_0.distcp",))]
+    assert report.verdict is Verdict.SAFE
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_an_index_of_any_protocol_is_read(protocol: int, theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    path = directory / "checkpoint/step-10/.metadata"
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol))
+
+    assert report_of(directory).verdict is Verdict.SAFE
+
+
+@pytest.mark.parametrize("outside", ["../step-5/__0_0.distcp", "/etc/passwd", "a/../../x", ""])
+def test_an_index_that_leads_out_of_its_directory_is_refused(outside: str, theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    path = directory / "checkpoint/step-10/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = outside
+    path.write_bytes(pickle.dumps(metadata))
+
+    assert [each.id for each in newest(report_of(directory)).findings] == ["F006"]
+
+
+@pytest.mark.parametrize("name", ["epoch_3", "step_40", "final"])
+def test_plain_dcp_is_recognised_under_any_name(name: str, tmp_path: Path) -> None:
+    dcp_save(tmp_path / name, dict(WEIGHTS))
+    report = report_of(tmp_path)
+
+    assert report.layouts[0].layout == "DCP"
+    assert (newest(report).path, newest(report).complete) == (name, True)
+
+
+def test_what_torchtitan_ends_with_may_be_a_model_alone(tmp_path: Path) -> None:
+    made.torchtitan(tmp_path)
+    made.shards(tmp_path / "checkpoint" / "step-20")
+    report = report_of(tmp_path)
+
+    assert newest(report).step == 20
+    assert [(each.id, each.level) for each in newest(report).findings] == [("F015", Level.WARNING)]
+
+
+def test_what_a_crash_left_of_dcp_is_no_checkpoint(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    (directory / "checkpoint/step-20").mkdir()
+    (directory / "checkpoint/tmp_step-30").mkdir()
+    text(directory / "checkpoint/step-5/.metadata.tmp", "x")
+    report = report_of(directory)
+
+    assert found(report) == [
+        ("F010", "warning", ("checkpoint/tmp_step-30",)),
+        ("F002", "error", (".metadata",)),
+        ("F010", "warning", (".metadata.tmp",)),
+    ]
+    assert report.verdict is Verdict.OLDER
+
+
+# -- torch_checkpointing ------------------------------------------------------------------------------------
+
+
+def test_torch_checkpointing_leftovers_and_ranks(theirs: Theirs) -> None:
+    directory = theirs("torch_checkpointing")
+    (directory / "tmp_step_20").mkdir()
+    (directory / "step_10" / "optim_0.pt").unlink()
+    report = report_of(directory)
+
+    assert found(report) == [("F010", "warning", ("tmp_step_20",)), ("F007", "error", ("optim_0.pt",))]
+    assert report_of(theirs_with(directory, "step_5"), world_size=2).verdict is Verdict.SAFE
+    unfit = report_of(directory / "step_5", world_size=4)
+    assert [id for id, *_ in found(unfit)] == ["F014"]
+    assert unfit.verdict is Verdict.UNSAFE
+
+
+def theirs_with(directory: Path, name: str) -> Path:
+    return directory / name
+
+
+def test_a_file_that_the_index_of_torch_checkpointing_names_is_missed(theirs: Theirs) -> None:
+    directory = theirs("torch_checkpointing")
+    (directory / "step_10" / "model_1.pt").unlink()
+
+    assert found(report_of(directory)) == [("F002", "error", ("model_1.pt",))]
+
+
+# -- Hugging Face -----------------------------------------------------------------------------------------------
+
+
+def test_a_gap_between_the_ranks_of_a_trainer_is_found(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    for rank in (2, 3):
+        torch_save(directory / "checkpoint-10" / f"rng_state_{rank}.pth")
+    (directory / "checkpoint-10" / "rng_state_1.pth").unlink()
+
+    assert found(report_of(directory)) == [("F007", "error", ("rng_state_1.pth",))]
+
+
+def test_a_trainer_state_of_another_step_is_found(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    text(directory / "checkpoint-10" / "trainer_state.json", {"global_step": 9})
+    report = report_of(directory)
+
+    assert found(report) == [("F017", "error", ("trainer_state.json",))]
+
+
+def test_a_trainer_with_another_number_of_ranks_is_warned(theirs: Theirs) -> None:
+    report = report_of(theirs("hf_trainer"), world_size=8, step=10)
+
+    assert found(report) == [("F014", "warning", ())]
+    assert report.verdict is Verdict.SAFE
+
+
+def test_weights_alone_of_a_trainer_are_a_warning(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+        (directory / "checkpoint-10" / name).unlink()
+
+    assert found(report_of(directory)) == [("F002", "warning", ("optimizer.pt",))]
+
+
+def test_deepspeed_and_fsdp_in_a_trainers_checkpoint_are_looked_into(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    checkpoint = directory / "checkpoint-10"
+    made.deepspeed(checkpoint)
+    shutil.rmtree(checkpoint / "global_step5")
+    dcp_save(checkpoint / "pytorch_model_fsdp_0", dict(WEIGHTS))
+    assert report_of(directory).verdict is Verdict.SAFE
+
+    os.truncate(checkpoint / "global_step10" / "mp_rank_00_model_states.pt", 500)
+    os.truncate(checkpoint / "pytorch_model_fsdp_0" / "__0_0.distcp", 500)
+    files = {name for _, _, names in found(report_of(directory)) for name in names}
+    assert files == {"global_step10/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/__0_0.distcp"}
+
+
+def test_shards_without_their_index_are_counted(tmp_path: Path) -> None:
+    made.shards(tmp_path, index=False)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+
+    assert found(report_of(tmp_path)) == [
+        ("F002", "error", ("model.safetensors.index.json",)),
+        ("F007", "error", ("model-00001-of-00002.safetensors",)),
+    ]
+
+
+def test_a_tensor_that_its_shard_does_not_have_is_missed(tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        shutil.copy(tmp_path / name, tmp_path / f"{name}.aside")
+    shutil.move(tmp_path / "model-00001-of-00002.safetensors.aside", tmp_path / "model-00002-of-00002.safetensors")
+
+    assert [(id, files) for id, _, files in found(report_of(tmp_path))] == [
+        ("F008", ("model-00002-of-00002.safetensors",))
+    ]
+
+
+def test_a_shard_of_an_earlier_export_is_a_warning(tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00001-of-00003.safetensors")
+
+    assert found(report_of(tmp_path)) == [("F013", "warning", ("model-00001-of-00003.safetensors",))]
+
+
+def test_a_model_of_transformers_is_complete(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="8kB")
+
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert (report_of(tmp_path).verdict, found(report_of(tmp_path))) == (Verdict.SAFE, [])
+
+
+# -- Lightning -------------------------------------------------------------------------------------------------
+
+
+def test_the_last_of_lightning_is_its_newest_and_a_dangling_one_is_said(tmp_path: Path) -> None:
+    torch_save(tmp_path / "epoch=0-step=100.ckpt")
+    torch_save(tmp_path / "last.ckpt")
+    report = report_of(tmp_path)
+    assert [(each.path, each.step) for each in report.layouts[0].candidates] == [
+        ("last.ckpt", None),
+        ("epoch=0-step=100.ckpt", 100),
+    ]
+
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("epoch=0-step=100.ckpt")
+    assert found(report_of(tmp_path)) == []
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("epoch=0-step=200.ckpt")
+    assert found(report_of(tmp_path)) == [("F011", "warning", ("last.ckpt",))]
+
+
+def test_sharded_checkpoints_of_lightning_are_looked_into(tmp_path: Path) -> None:
+    sharded = tmp_path / "checkpoints" / "epoch=1-step=7.ckpt"
+    dcp_save(sharded, dict(WEIGHTS))
+    torch_save(sharded / "meta.pt")
+    engine = tmp_path / "checkpoints" / "epoch=2-step=9.ckpt"
+    made.deepspeed(engine / "aside")
+    (engine / "aside" / "global_step5").rename(engine / "checkpoint")
+    shutil.rmtree(engine / "aside")
+    text(engine / "latest", "checkpoint")
+    report = report_of(tmp_path)
+    assert [(each.step, each.complete) for each in report.layouts[0].candidates] == [(9, True), (7, True)]
+    assert report_of(engine).verdict is Verdict.SAFE
+
+    os.truncate(engine / "checkpoint" / "mp_rank_00_model_states.pt", 100)
+    (sharded / "meta.pt").unlink()
+    assert found(report_of(tmp_path)) == [
+        ("F003", "error", ("checkpoint/mp_rank_00_model_states.pt",)),
+        ("F002", "error", ("meta.pt",)),
+    ]
+
+
+# -- DeepSpeed and Megatron: trackers ------------------------------------------------------------------------------
+
+TRACKERS = {"deepspeed": ("latest", "global_step"), "megatron_ranks": ("latest_checkpointed_iteration.txt", "")}
+
+
+@pytest.mark.parametrize("layout", TRACKERS)
+def test_what_is_newer_than_the_tracker_is_not_known_to_be_complete(layout: str, theirs: Theirs) -> None:
+    directory = theirs(layout)
+    name, prefix = TRACKERS[layout]
+    text(directory / name, f"{prefix}5\n")
+    report = report_of(directory)
+
+    assert found(report) == [("F012", "error", ())]
+    assert report.verdict is Verdict.OLDER
+
+
+def test_a_distributed_checkpoint_newer_than_the_tracker_has_an_index_that_says_more(theirs: Theirs) -> None:
+    directory = theirs("megatron")
+    text(directory / "latest_checkpointed_iteration.txt", "5")
+    report = report_of(directory)
+
+    assert found(report) == [("F012", "warning", ())]
+    assert report.verdict is Verdict.SAFE
+
+
+@pytest.mark.parametrize("layout", TRACKERS)
+@pytest.mark.parametrize("content", ["", "global_step77", "77", "\x00\x00", "../../etc", "x" * 10_000])
+def test_a_tracker_that_names_nothing_is_said(content: str, layout: str, theirs: Theirs) -> None:
+    directory = theirs(layout)
+    (directory / TRACKERS[layout][0]).write_text(content)
+    report = report_of(directory)
+
+    assert [(id, level) for id, level, _ in found(report)] == [("F011", "warning")]
+    assert report.chosen is newest(report)
+
+
+@pytest.mark.parametrize("layout", TRACKERS)
+def test_a_tracker_that_is_missing_is_said(layout: str, theirs: Theirs) -> None:
+    directory = theirs(layout)
+    (directory / TRACKERS[layout][0]).unlink()
+
+    assert [(id, level) for id, level, _ in found(report_of(directory))] == [("F011", "warning")]
+
+
+def test_a_tracker_without_any_checkpoint_is_nothing_to_resume_from(tmp_path: Path) -> None:
+    text(tmp_path / "latest_checkpointed_iteration.txt", "100")
+    report = report_of(tmp_path)
+
+    assert report.verdict is Verdict.NONE
+    assert [id for id, *_ in found(report)] == ["F001", "F011"]
+
+
+def test_the_release_of_megatron_is_a_checkpoint(theirs: Theirs) -> None:
+    directory = theirs("megatron_ranks")
+    (directory / "iter_0000005").rename(directory / "release")
+    shutil.rmtree(directory / "iter_0000010")
+    text(directory / "latest_checkpointed_iteration.txt", "release")
+    report = report_of(directory)
+
+    assert (report.verdict, newest(report).path, newest(report).step) == (Verdict.SAFE, "release", None)
+
+
+def test_a_missing_model_parallel_rank_is_found(theirs: Theirs) -> None:
+    directory = theirs("megatron_ranks")
+    shutil.rmtree(directory / "iter_0000010" / "mp_rank_01_000")
+
+    assert found(report_of(directory)) == [("F007", "error", ("mp_rank_01_000/model_optim_rng.pt",))]
+
+
+@pytest.mark.parametrize(("layout", "fits", "unfit"), [("deepspeed", 2, 4), ("megatron_ranks", 8, 6), ("copied", 2, 4)])
+def test_another_number_of_ranks_is_refused_where_the_layout_knows(
+    layout: str, fits: int, unfit: int, theirs: Theirs
+) -> None:
+    directory = theirs(layout)
+
+    assert report_of(directory, world_size=fits).verdict is Verdict.SAFE
+    report = report_of(directory, world_size=unfit)
+    assert report.verdict is Verdict.UNSAFE
+    assert {id for id, *_ in found(report)} == {"F014"}
+
+
+def test_missing_ranks_of_deepspeed_are_found(theirs: Theirs) -> None:
+    directory = theirs("deepspeed")
+    checkpoint = directory / "global_step10"
+    (checkpoint / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    assert found(report_of(directory)) == [("F007", "error", ("zero_pp_rank_0_mp_rank_00_optim_states.pt",))]
+
+    # With ZeRO-3 the model's files tell how many ranks there were.
+    for rank in range(4):
+        torch_save(checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    assert found(report_of(directory)) == [
+        ("F007", "error", tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 2, 3)))
+    ]
+
+
+# -- Orbax --------------------------------------------------------------------------------------------------------
+
+
+def test_what_orbax_did_not_finish_is_said(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    (directory / "20.orbax-checkpoint-tmp").mkdir()
+    (directory / "99").mkdir()
+    (directory / "tensorboard").mkdir()
+    report = report_of(directory)
+
+    assert found(report) == [
+        ("F010", "warning", ("20.orbax-checkpoint-tmp",)),
+        ("F002", "error", ("_CHECKPOINT_METADATA",)),
+    ]
+    assert (report.verdict, newest(report).step) == (Verdict.OLDER, 99)
+
+
+def test_an_item_that_orbax_has_not_renamed_is_missing(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    (directory / "10" / "default").rename(directory / "10" / "default.orbax-checkpoint-tmp")
+
+    assert [(id, level) for id, level, _ in found(report_of(directory))] == [("F002", "error"), ("F010", "error")]
+
+
+def test_a_step_of_orbax_without_the_time_of_its_commit_is_not_complete(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    text(directory / "10" / "_CHECKPOINT_METADATA", {"item_handlers": {}, "commit_timestamp_nsecs": None})
+
+    assert [(id, level) for id, level, _ in found(report_of(directory))] == [("F010", "error")]
+
+
+def test_a_gap_between_the_processes_of_orbax_is_found(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    shutil.rmtree(directory / "10" / "default" / "ocdbt.process_0")
+
+    assert found(report_of(directory)) == [("F007", "error", ("default/ocdbt.process_0",))]
+
+
+# -- copies of ckptmgr's own, and checksums -------------------------------------------------------------------------
+
+
+def test_a_copy_with_a_file_that_its_manifest_does_not_name(theirs: Theirs) -> None:
+    directory = theirs("copied")
+    text(directory / "step-10" / "notes.txt", "x")
+    (directory / ".step-20.e1.a9.incomplete").mkdir()
+
+    assert found(report_of(directory)) == [
+        ("F010", "warning", (".step-20.e1.a9.incomplete",)),
+        ("F013", "warning", ("notes.txt",)),
+    ]
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("copied", "step-10/optim/rank-0.bin"),
+        ("deepspeed", "global_step10/mp_rank_00_model_states.pt"),
+        ("lightning", "lightning_logs/version_0/checkpoints/epoch=0-step=10.ckpt"),
+        ("torchtitan", "checkpoint/step-10/__0_0.distcp"),
+    ],
+)
+def test_deep_finds_other_bytes_of_the_same_length(layout: str, file: str, theirs: Theirs) -> None:
+    directory = theirs(layout)
+    path = directory / file
+    mark = b"moments" if layout == "copied" else torch.arange(50.0).numpy().tobytes()[:48]
+    flip(path, path.read_bytes().index(mark) + 5)
+    read: list[int] = []
+
+    assert report_of(directory).verdict is Verdict.SAFE
+    report = report_of(directory, deep=True, progress=read.append)
+    assert report.verdict is Verdict.OLDER
+    assert [id for id, *_ in found(report)] == ["F009"]
+    assert sum(read) > 0
+
+
+def test_deep_believes_archives_that_say_that_they_have_no_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch_save(tmp_path / "epoch=0-step=1.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+    assert report_of(tmp_path, deep=True).verdict is Verdict.SAFE
+
+
+def test_an_archive_from_before_zip_says_that_it_cannot_be_judged(tmp_path: Path) -> None:
+    save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+    save({"a": torch.ones(3)}, tmp_path / "epoch=0-step=1.ckpt")
+
+    assert found(report_of(tmp_path)) == [("F015", "warning", ("epoch=0-step=1.ckpt",))]
+
+
+def test_a_plain_pickle_is_judged_by_its_end(tmp_path: Path) -> None:
+    data = pickle.dumps({"a": "x" * 1000})
+    (tmp_path / "epoch=0-step=1.ckpt").write_bytes(data)
+    assert report_of(tmp_path).verdict is Verdict.SAFE
+
+    (tmp_path / "epoch=0-step=1.ckpt").write_bytes(data[:-30])
+    assert found(report_of(tmp_path)) == [("F003", "error", ("epoch=0-step=1.ckpt",))]
+
+
+def test_many_files_make_one_finding_that_counts_them(tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    places = {f"t{n}": f"model-{n:05}-of-00500.safetensors" for n in range(500)}
+    text(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    (finding,) = [each for each in newest(report_of(tmp_path)).findings if each.id == "F002"]
+
+    assert finding.text.endswith("model-00002-of-00500.safetensors and 497 more")
+    assert len(finding.files) == 100
