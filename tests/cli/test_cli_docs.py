@@ -284,6 +284,8 @@ def test_json_of_pin_and_unpin(run: Run, ckptmgr: Call, command: str) -> None:
     assert [document["changed"] for document in documents] == [True, False]
     documents.append({**documents[-1], "by": "CheckpointManager, pid 1 on node-1, since 2026-01-01 00:00:00Z"})
     assert_documented(f"ckptmgr {command}", documents)
+
+
 def test_json_of_check_without_a_journal(tmp_path: Path, ckptmgr: Call) -> None:
     whole, torn, empty = tmp_path / "whole", tmp_path / "torn", tmp_path / "empty"
     for directory in (whole, torn):
