@@ -53,6 +53,10 @@ class Figures:
         """The workloads whose names begin so."""
         return [name for name in self.results.peers if name.startswith(beginning)]
 
+    def histories(self) -> list[str]:
+        """The workloads of runs that hold many checkpoints, the fewest first; they are measured in random order."""
+        return sorted(self.workloads("journal"), key=lambda name: int(name.rpartition(" ")[2]))
+
     def state_bytes(self, workload: str) -> float | None:
         """Bytes of the tensors of a workload."""
         sizes = [

@@ -125,7 +125,7 @@ def tables(figures: Figures) -> Iterator[tuple[str, str]]:
         yield "many", "### Very many tensors\n\n" + "\n".join(many)
     if figures.workloads("fsdp"):
         yield "ranks", f"### Several ranks, FSDP2\n\n{_ranks(figures)}"
-    if figures.workloads("journal"):
+    if figures.histories():
         yield "journal", f"### A long history\n\n{_journal(figures)}"
 
 
@@ -276,7 +276,7 @@ def _journal(figures: Figures) -> str:
         "| checkpoints held | " + " | ".join(f"{words}, ms" for words in columns.values()) + " |",
         "|---:|" + "---:|" * len(columns),
     ]
-    for workload in figures.workloads("journal"):
+    for workload in figures.histories():
         found = [figures.get(workload, "ckptmgr", measure) for measure in columns]
         lines.append(_row(workload.split()[1], *(_median(one, 1e-3) for one in found)))
     return "\n".join(lines)
@@ -317,8 +317,12 @@ def charts(figures: Figures) -> Iterator[Chart]:
             yield Chart(f"ranks-{word}", f"several ranks: {title}", "s", bars)
     bars = [
         (f"{workload.split()[1]}: {words}", Figure(*(v * 1e3 for v in (f.median, f.low, f.high)), f.count))
-        for measure, words in (("small_durable_s", "save, COMMITTED"), ("find_s", "find newest"), ("listing_s", "list"))
-        for workload in figures.workloads("journal")
+        for measure, words in (
+            ("small_durable_s", "COMMITTED by ckptmgr"),
+            ("find_s", "found by ckptmgr"),
+            ("listing_s", "found by listing"),
+        )
+        for workload in figures.histories()
         if (f := figures.get(workload, "ckptmgr", measure))
     ]
     if bars:
@@ -327,7 +331,7 @@ def charts(figures: Figures) -> Iterator[Chart]:
 
 def svg(chart: Chart) -> str:
     """A chart of horizontal bars: medians, with a line from the least to the most."""
-    left, width, row, top = 190, 400, 22, 34
+    left, width, row, top = max(190, 16 + 7 * max(len(name) for name, _ in chart.bars)), 400, 22, 34
     highest = max(*(found.high for _, found in chart.bars), 1e-09)
     least = min((found.median for _, found in chart.bars if found.median > 0), default=highest)
     logarithmic = highest / least > 60

@@ -112,7 +112,7 @@ def _digest_cpu(figures: Figures) -> Measured:
 def _journal_share(figures: Figures) -> Measured:
     spent = [
         value
-        for workload in figures.workloads("journal")
+        for workload in figures.histories()
         if (value := figures.median(workload, "ckptmgr", "journal_on_thread_s")) is not None
     ]
     stall = figures.median("train", "ckptmgr", "stall_s")
@@ -125,7 +125,7 @@ def _worst_history(measure: str, factor: float) -> Callable[[Figures], Measured]
     def measured(figures: Figures) -> Measured:
         found = [
             (value * factor, workload.removeprefix("journal, ") + " checkpoints")
-            for workload in figures.workloads("journal")
+            for workload in figures.histories()
             if (value := figures.median(workload, "ckptmgr", measure)) is not None
         ]
         return max(found, default=None)
@@ -137,7 +137,7 @@ def _flatness(measure: str) -> Callable[[Figures], Measured]:
     """How many times the median in the longest history is that in the shortest."""
 
     def measured(figures: Figures) -> Measured:
-        names = sorted(figures.workloads("journal"), key=lambda name: int(name.rpartition(" ")[2]))
+        names = figures.histories()
         values = [(figures.median(name, "ckptmgr", measure), name) for name in names]
         known = [(value, name) for value, name in values if value]
         if len(known) < 2:
@@ -152,7 +152,7 @@ def _flatness(measure: str) -> Callable[[Figures], Measured]:
 
 def _listing(figures: Figures) -> Measured:
     """Finding the newest by the journal as a part of finding it by listing, in the longest history."""
-    names = sorted(figures.workloads("journal"), key=lambda name: int(name.rpartition(" ")[2]))
+    names = figures.histories()
     if not names:
         return None
     find, listing = (figures.median(names[-1], "ckptmgr", word) for word in ("find_s", "listing_s"))
