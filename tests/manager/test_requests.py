@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,55 @@ def test_what_a_save_under_way_overwrites_is_not_let_go(keeping, run_dir: Path, 
 
     assert (done.keep[1], done.drop) == (("being overwritten",), {})
     assert live(run_dir) == [2, 1]
+
+
+def test_nothing_is_let_go_between_the_plan_of_a_commit_and_the_commit(
+    keeping, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = keeping(KeepLast(2))
+    save(manager, 1, 2)
+    asked: list[Request] = []
+    planned = manager._leader._planned
+
+    def slowly(*args: Any) -> Any:
+        found = planned(*args)
+        asked.append(ask(manager, PRUNE, rule=KeepLast(1)))
+        time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(manager._leader, "_planned", slowly)
+    save(manager, 3)
+
+    assert answer(manager, asked[0]).drop.keys() == {2}
+    assert live(run_dir) == [3]
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_no_save_begins_to_overwrite_what_is_just_let_go(
+    keeping, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = keeping()
+    save(manager, 1, 2)
+    looked = threading.Event()
+    in_flight = manager._journal.in_flight
+
+    def slowly(series: str) -> Any:
+        found = in_flight(series)
+        if threading.current_thread().name == commit.AFTER_COMMIT:
+            looked.set()
+            time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(manager._journal, "in_flight", slowly)
+    asked = ask(manager, PRUNE, rule=KeepLast(1))
+    assert looked.wait(20)
+    save(manager, 1, overwrite=True)
+
+    assert answer(manager, asked).drop.keys() == {1}
+    with Journal.open_read_only(run_dir.with_name("run.journal.db")) as journal:
+        assert [(record.step, record.overwrites) for record in journal.checkpoints(live_only=True)] == [
+            (2, None), (1, None),
+        ]  # fmt: skip
 
 
 def test_what_was_resumed_from_stays_until_it_is_superseded(keeping, run_dir: Path) -> None:
