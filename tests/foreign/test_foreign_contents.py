@@ -50,6 +50,7 @@ def safetensors(path: Path, header: Any, data: int, *, length: int | None = None
         ({"a": tensor(0, 4), "b": tensor(8, 12)}, 12, ["F006"]),
         ({"a": tensor(0, 4), "b": tensor(0, 4)}, 4, ["F006"]),
         ({"a": tensor(0, 8), "b": tensor(8, 4)}, 8, ["F006"]),
+        ({"a": tensor(0, 8), "b": tensor(8, 4), "c": tensor(0, 4)}, 8, ["F006"]),
         ({"a": tensor(-4, 4)}, 4, ["F006"]),
         ({"a": tensor(0, 4.0)}, 4, ["F006"]),
         ({"a": tensor(False, 4)}, 4, ["F006"]),
