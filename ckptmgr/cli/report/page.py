@@ -72,9 +72,11 @@ table{border-collapse:collapse;width:100%;font-size:.9rem;overflow-wrap:normal}
 caption{text-align:left;color:var(--muted);padding:.2rem 0}
 th,td{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--grid)}
 th{white-space:nowrap}td.number,th.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-td.long{min-width:14rem;overflow-wrap:anywhere}td.when{white-space:nowrap}
+td.long{min-width:14rem;overflow-wrap:anywhere}
+td.when{white-space:nowrap}
 ol.failures{list-style:none;padding:0;margin:0}
-ol.failures>li{border-bottom:1px solid var(--grid);padding:.4rem 0;break-inside:avoid}ol.failures ul{margin:.2rem 0;padding-left:1.2rem}
+ol.failures>li{border-bottom:1px solid var(--grid);padding:.4rem 0;break-inside:avoid}
+ol.failures ul{margin:.2rem 0;padding-left:1.2rem}
 details{margin:.3rem 0}summary{cursor:pointer;color:var(--link)}
 footer{margin-top:2rem;border-top:1px solid var(--grid);padding-top:.6rem;font-size:.9rem}
 @media print{body{max-width:none;padding:0;font-size:.85rem}details::details-content{content-visibility:visible;
