@@ -74,6 +74,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", media=medium, features=[scheme])
         self.ask("Page.navigate", url=url)
+        self.wait_until_loaded()
+
+    def wait_until_loaded(self) -> None:
+        """Wait until the page has been loaded, once more if it loads itself again."""
         self._read_until(lambda event: event.get("method") == "Page.loadEventFired")
 
     def value(self, expression: str) -> Any:

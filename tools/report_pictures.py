@@ -92,6 +92,14 @@ def make_run(run: Path) -> None:
     os.truncate(newest, newest.stat().st_size // 2)
 
 
+def of_few_colours(path: Path) -> None:
+    """Make a picture small: what stands in a repository stays in it."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def main() -> int:
     """Make the run, the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,13 +127,16 @@ def main() -> int:
     with browser() as opened:
         for name, dark in (("light", False), ("dark", True)):
             opened.load(url, dark=dark)
-            opened.picture(args.into / f"report-{name}.png", height=1500)
+            figure = opened.value("document.querySelector('#phases-title + figure svg').getBoundingClientRect().bottom")
+            opened.picture(args.into / f"report-{name}.png", height=int(figure) + 16)
+            of_few_colours(args.into / f"report-{name}.png")
             if args.all:
                 opened.picture(args.into / f"whole-{name}.png")
                 opened.load(url, width=390, dark=dark)
                 opened.picture(args.into / f"phone-{name}.png")
         if args.all:
-            opened.load(url, medium="")
+            opened.load(url, width=794, medium="print")
+            opened.picture(args.into / "paper.png")
             opened.paper(args.into / "paper.pdf")
     return 0
 

@@ -21,7 +21,8 @@ from ckptmgr.resume import Finding, Level, Verdict
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>$\\frac&lt;\x1b[31m\u202e\x00\ud800\n--><style>*{}"
 TAGS = {
     "html", "head", "meta", "link", "title", "style", "body", "main", "nav", "section", "footer", "h1", "h2", "h3", "p",
-    "br", "code", "span", "strong", "ul", "li", "dl", "div", "dt", "dd", "figure", "figcaption", "details", "summary",
+    "br", "code", "span", "strong", "ul", "ol", "li", "dl", "div", "dt", "dd", "figure", "figcaption", "details",
+    "summary",
     "table", "caption", "thead", "tbody", "tr", "th", "td", "a", "svg", "g", "path", "use", "text", "defs", "clippath",
     "rect",
 }  # fmt: skip
@@ -128,6 +129,7 @@ def test_its_policy_allows_its_own_style_and_nothing_else() -> None:
     assert dict(part.strip().split(" ", 1) for part in policy.split(";")) == {
         "default-src": "'none'",
         "style-src": f"'sha256-{digest}'",
+        "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
     }

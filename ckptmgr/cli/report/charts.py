@@ -8,6 +8,7 @@ is styled, has a font of its own, or a name that another drawing could have as w
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import threading
@@ -120,35 +121,55 @@ def timeline(lanes: Sequence[Lane], starts: Sequence[float], within: tuple[float
     return drawn(name, draw, height=110 + 40 * len(lanes), narrow_height=150 + 40 * len(lanes))
 
 
-def phases(rows: Sequence[tuple[str, Sequence[float], str, str]], name: str) -> str:
-    """
-    How long each phase of some attempts took, a bar for each, the newest on top.
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One attempt: seconds of each of `PHASES`, seconds until it was committed, and what to say at its end."""
 
-    Args:
-        rows: Label, seconds of each of `PHASES`, what to say at the end of the bar, and the role of that text.
-        name: Of the drawing.
-    """
+    label: str
+    took: Sequence[float]
+    committed_s: float | None
+    said: str
+    role: str
+
+
+def phases(bars: Sequence[Bar], name: str) -> str:
+    """How long each phase of some attempts took, the first on top, with a mark where it was committed."""
 
     def draw(axes: Axes, narrow: bool) -> None:
-        places = range(len(rows))
-        left = [0.0] * len(rows)
+        places = range(len(bars))
+        left = [0.0] * len(bars)
         for number, phase in enumerate(PHASES):
-            width = [row[1][number] for row in rows]
-            axes.barh(places, width, left=left, height=0.66, color=ROLES[phase], linewidth=0, label=phase)
+            width = [bar.took[number] for bar in bars]
+            axes.barh(places, width, left=left, height=0.66, color=ROLES[phase], linewidth=0)
             left = [start + more for start, more in zip(left, width, strict=True)]
+        # One that recovery has committed after a day would leave nothing to see of the others.
+        most = 3 * max([*left, 1e-9])
+        marks = [
+            (place, bar.committed_s)
+            for place, bar in enumerate(bars)
+            if bar.committed_s is not None and bar.committed_s <= most
+        ]
+        axes.vlines(
+            [at for _, at in marks], [place - 0.42 for place, _ in marks], [place + 0.42 for place, _ in marks],
+            colors=ROLES["ink"], linewidth=2,
+        )  # fmt: skip
+        for place, at in marks:
+            left[place] = max(left[place], at)
         longest = max([*left, 1e-9])
-        for place, (_, _, said, role) in enumerate(rows):
-            axes.text(left[place] + 0.012 * longest, place, said, va="center", color=ROLES[role], fontsize=12)
-        axes.set_yticks(places, [_short(row[0], 16 if narrow else 30) for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
+        for place, bar in enumerate(bars):
+            axes.text(left[place] + 0.015 * longest, place, bar.said, va="center", color=ROLES[bar.role], fontsize=12)
+        axes.set_yticks(places, [_short(bar.label, 16 if narrow else 30) for bar in bars])
+        axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(0, longest * (1.45 if narrow else 1.18))
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(3 if narrow else 7))
         axes.xaxis.set_major_formatter(_seconds)
-        _legend(axes, narrow, blocks=[(ROLES[phase], phase) for phase in PHASES])
+        _legend(
+            axes, narrow, blocks=[(ROLES[phase], phase) for phase in PHASES], marks=[("|", ROLES["ink"], "committed")]
+        )
 
-    return drawn(name, draw, height=90 + 22 * len(rows), narrow_height=110 + 22 * len(rows))
+    return drawn(name, draw, height=90 + 22 * len(bars), narrow_height=130 + 22 * len(bars))
 
 
 def over_steps(series: Sequence[tuple[str, Sequence[Bin]]], unit: Callable[[float], str], name: str) -> str:
@@ -299,11 +320,11 @@ def _legend(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Line2D | Patch] = [
+    handles: list[Line2D | Patch] = [Patch(facecolor=colour, linewidth=0, label=label) for colour, label in blocks]
+    handles += [
         Line2D([], [], linestyle="none", marker=mark, color=colour, markersize=9, markeredgewidth=2, label=label)
         for mark, colour, label in marks
     ]
-    handles += [Patch(facecolor=colour, linewidth=0, label=label) for colour, label in blocks]
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.legend(
@@ -325,7 +346,7 @@ def _time_axis(axes: Axes, narrow: bool) -> None:
     locator = dates.AutoDateLocator(minticks=2, maxticks=4 if narrow else 8)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
-    axes.set_xlabel("time (UTC)")
+    axes.set_xlabel("time (UTC)", loc="left")  # to the right matplotlib puts the date
 
 
 def _day(at: float) -> float:
@@ -337,6 +358,11 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-_seconds = ticker.FuncFormatter(lambda value, _: duration(max(0.0, value)))
+def took(seconds: float | None) -> str:
+    """A measured time as `duration` has it, and a short one in milliseconds."""
+    return f"{1000 * seconds:.3g} ms" if seconds is not None and 0 < seconds < 0.1 else duration(seconds)
+
+
+_seconds = ticker.FuncFormatter(lambda value, _: took(max(0.0, value)))
 _bytes = ticker.FuncFormatter(lambda value, _: size(int(max(0.0, value))))
 _steps = ticker.FuncFormatter(lambda value, _: f"{value:,.0f}")

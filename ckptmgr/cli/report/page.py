@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptmgr import durability
 from ckptmgr.cli import describe
-from ckptmgr.cli.output import age, duration, size, timestamp
+from ckptmgr.cli.output import age, size, timestamp
 from ckptmgr.cli.report import charts, figures
 from ckptmgr.cli.report.facts import RunFacts, SeriesFacts
 from ckptmgr.errors import printable
@@ -57,9 +58,11 @@ code,.path{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.92em
 padding:.8rem 1rem;background:var(--card);margin:1rem 0}
 .verdict>*{color:var(--ink)}.verdict>.word{color:inherit;font-weight:700;font-size:1.15rem}
 .verdict .path{font-size:1rem;font-weight:600}.verdict ul{margin:.3rem 0;padding-left:1.2rem}
-dl.numbers{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0}
+dl.numbers{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr));gap:.6rem;margin:1rem 0}
 dl.numbers>div{background:var(--card);border:1px solid var(--grid);border-radius:.4rem;padding:.5rem .7rem}
-dl.numbers dt{color:var(--muted);font-size:.85rem}dl.numbers dd{margin:0;font-size:1.2rem;font-weight:600}
+dl.numbers dt{color:var(--muted);font-size:.85rem}
+dl.numbers dd{margin:0;font-size:1.1rem;font-weight:600;white-space:nowrap}
+td.good,td.warn,td.bad{min-width:6.5rem}
 figure{margin:.6rem 0 1.2rem;break-inside:avoid}figcaption{margin-bottom:.4rem}
 svg{display:block;width:100%;height:auto;font-family:inherit}svg.narrow{display:none}
 @media screen and (max-width:40rem){svg.wide{display:none}svg.narrow{display:block;max-width:30rem}}
@@ -69,16 +72,22 @@ table{border-collapse:collapse;width:100%;font-size:.9rem;overflow-wrap:normal}
 caption{text-align:left;color:var(--muted);padding:.2rem 0}
 th,td{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--grid)}
 th{white-space:nowrap}td.number,th.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-td.long{min-width:14rem;overflow-wrap:anywhere}td.when{white-space:nowrap}
+td.long{min-width:14rem;overflow-wrap:anywhere}
+td.when{white-space:nowrap}
+ol.failures{list-style:none;padding:0;margin:0}
+ol.failures>li{border-bottom:1px solid var(--grid);padding:.4rem 0;break-inside:avoid}
+ol.failures ul{margin:.2rem 0;padding-left:1.2rem}
 details{margin:.3rem 0}summary{cursor:pointer;color:var(--link)}
 footer{margin-top:2rem;border-top:1px solid var(--grid);padding-top:.6rem;font-size:.9rem}
 @media print{body{max-width:none;padding:0;font-size:.85rem}details::details-content{content-visibility:visible;
-height:auto;display:block}summary{color:var(--muted);list-style:none}.scroll{overflow:visible}
+height:auto;display:block}summary{color:var(--muted);list-style:none}
+.scroll{overflow:visible}table{font-size:.75rem}th,td.when,td.number{white-space:normal}
+td.long,td.good,td.warn,td.bad{min-width:0}
 tr,.verdict,dl.numbers>div{break-inside:avoid}h2,h3{break-after:avoid}}
 """
 _STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-#: Nothing from anywhere, no script at all, and of styles only the one above.
-POLICY = f"default-src 'none'; style-src 'sha256-{_STYLE_DIGEST}'; base-uri 'none'; form-action 'none'"
+#: Nothing from anywhere, no script at all, of styles only the one above, and of images the empty icon.
+POLICY = f"default-src 'none'; style-src 'sha256-{_STYLE_DIGEST}'; img-src data:; base-uri 'none'; form-action 'none'"
 
 _WORDS = {
     Verdict.SAFE: ("good", "Safe to resume"),
@@ -178,12 +187,17 @@ def verdict_words(verdict: Verdict | None) -> tuple[str, str]:
 def _findings(findings: Sequence[Finding]) -> str:
     items = [
         f'<li><strong class="{_LEVELS[one.level]}">{one.level.value} {safe(one.id)}</strong>: {safe(one.text)}'
-        + (f'<br><span class="quiet">{safe(one.hint)}</span>' if one.hint else "")
+        + (f'<br><span class="quiet">{_with_code(one.hint)}</span>' if one.hint else "")
         + "</li>"
         for one in findings[:10]
     ]
     more = f"<li>and {len(findings) - 10} more</li>" if len(findings) > 10 else ""
     return f"<ul>{''.join(items)}{more}</ul>"
+
+
+def _with_code(hint: str) -> str:
+    """A hint, with what stands in backticks set as something to type."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(hint))
 
 
 def _numbers(facts: RunFacts) -> str:
@@ -195,8 +209,8 @@ def _numbers(facts: RunFacts) -> str:
     cards = [
         ("since the last commit", age(since) if since is not None else "never"),
         ("steps at risk", f"{known['steps_at_risk']:,.0f}"),
-        ("from save to committed", duration(known.get("commit_lag_seconds"))),
-        ("copying the state", duration(known.get("stall_seconds"))),
+        ("save to committed", charts.took(known.get("commit_lag_seconds"))),
+        ("copying the state", charts.took(known.get("stall_seconds"))),
         ("commits", f"{known['commits_total']:,.0f}"),
         ("failed saves", f"{known['failures_total']:,.0f}"),
         ("on disk", size(int(known["live_bytes"]))),
@@ -219,7 +233,7 @@ def _series(facts: RunFacts) -> str:
                 ("number", f"{one.numbers['commits_total']:,.0f}"),
                 ("number", f"{one.numbers['failures_total']:,.0f}"),
                 ("number", f"{one.numbers['steps_at_risk']:,.0f}"),
-                ("number", duration(one.numbers.get("commit_lag_seconds"))),
+                ("number", charts.took(one.numbers.get("commit_lag_seconds"))),
                 ("number", size(int(one.numbers["live_bytes"]))),
             ]
         )
@@ -270,29 +284,40 @@ def _timeline(facts: RunFacts) -> str:
 
 def _phases(facts: RunFacts) -> str:
     newest = list(reversed(facts.records[-MOST_BARS:]))
-    bars, rows = [], []
+    bars: list[charts.Bar] = []
+    rows: list[list[Cell]] = []
     alone = len(facts.series) == 1
     for record in newest:
-        took = [figures.seconds(value) for value in (record.stage_s, record.write_s, record.gather_s, record.commit_s)]
+        phases = [
+            figures.seconds(value) for value in (record.stage_s, record.write_s, record.gather_s, record.commit_s)
+        ]
+        lag = figures.seconds(durability.commit_lag(record))
         label = f"{record.step:,}" if alone else f"{printable(record.series)} {record.step:,}"
         if record.state is CheckpointState.COMMITTED:
-            end = (duration(sum(value or 0.0 for value in took)), "ink")
+            said, role = charts.took(lag), "ink"
         elif record.state is CheckpointState.FAILED:
-            end = ("failed", "bad")
+            said, role = "failed", "bad"
         else:
-            end = (record.state.value.lower(), "warn")
-        bars.append((label, [value or 0.0 for value in took], *end))
-        rows.append([safe(record.series), ("number", f"{record.step:,}"), _state(record), *_durations(took)])
-    slowest = max(newest, key=lambda record: sum(figures.seconds(value) or 0.0 for value in _phases_of(record)))
+            said, role = record.state.value.lower(), "warn"
+        bars.append(charts.Bar(label, [value or 0.0 for value in phases], lag, said, role))
+        rows.append(
+            [
+                safe(record.series),
+                ("number", f"{record.step:,}"),
+                _state(record),
+                *(("number", charts.took(value)) for value in (*phases, lag)),
+            ]
+        )
     said = (
-        f"The newest {len(newest)} attempts, the newest on top: copying the state (stage), writing it, rank 0 waiting "
-        "for the slowest rank (gather), publishing (commit). Stage and write are those of the slowest rank; of a "
-        "failed save the journal has no durations. The longest "
-        f"took {duration(sum(figures.seconds(v) or 0.0 for v in _phases_of(slowest)))}: "
-        f"{safe(slowest.series)} step {slowest.step:,}."
+        f"The newest {_count(len(newest), 'attempt')}, the newest on top: copying the state (stage) and writing it, "
+        "each of the slowest rank; rank 0 waiting for the others (gather); publishing (commit). The mark is when it "
+        "was committed: before the end of the bar where phases overlap, after it where a rank waited for its turn to "
+        "write. Of a failed save the journal has no durations."
     )
-    head = ["series", "step", "state", *charts.PHASES]
-    table = data_table("Seconds of each phase", head, rows)
+    lags = [bar.committed_s for bar in bars if bar.committed_s is not None]
+    if lags:
+        said += f" From save to committed it took between {charts.took(min(lags))} and {charts.took(max(lags))}."
+    table = data_table("Seconds of each phase", ["series", "step", "state", *charts.PHASES, "save to committed"], rows)
     return _figure("phases", "Phases of the newest saves", said, charts.phases(bars, "phases"), table)
 
 
@@ -311,7 +336,9 @@ _STALL = (
     "training waits for less of it."
 )
 _BY_STEP = (
-    _ByStep("stall", "How long training stood still", _STALL, lambda record: figures.seconds(record.stage_s), duration),
+    _ByStep(
+        "stall", "How long training stood still", _STALL, lambda record: figures.seconds(record.stage_s), charts.took
+    ),
     _ByStep(
         "throughput",
         "Throughput",
@@ -324,7 +351,7 @@ _BY_STEP = (
         "From save to committed",
         "Seconds until a checkpoint was safe: all steps until then would have been lost.",
         lambda record: figures.seconds(durability.commit_lag(record)),
-        duration,
+        charts.took,
     ),
 )
 
@@ -370,7 +397,12 @@ def _stragglers(facts: RunFacts) -> str:
     waits.sort(key=lambda pair: -pair[0])
     if waits:
         rows: list[list[Cell]] = [
-            [safe(r.series), ("number", f"{r.step:,}"), ("number", duration(waited)), ("number", duration(r.write_s))]
+            [
+                safe(r.series),
+                ("number", f"{r.step:,}"),
+                ("number", charts.took(waited)),
+                ("number", charts.took(r.write_s)),
+            ]
             for waited, r in waits[:MOST_RANKS]
         ]
         about = f"Rank 0 waited long in {_count(len(waits), 'save')}, the longest first"
@@ -416,24 +448,22 @@ def _failures(facts: RunFacts) -> str:
     failed = [record for record in facts.records if record.state is CheckpointState.FAILED]
     if not failed:
         return "<h2>Failures</h2><p>No save has failed.</p>"
-    rows: list[list[Cell]] = []
-    for record in reversed(failed[-MOST_FAILURES:]):
-        ranks = [_rank_failure(one) for one in record.failures[:MOST_RANKS]]
-        if len(record.failures) > MOST_RANKS:
-            ranks.append(f"<li>and {len(record.failures) - MOST_RANKS:,} ranks more</li>")
-        rows.append(
-            [
-                ("when", _when(record.finished_at)),
-                safe(record.series),
-                ("number", f"{record.step:,}"),
-                ("number", f"{record.id:,}"),
-                ("long", safe(record.reason or "no reason recorded") + (f"<ul>{''.join(ranks)}</ul>" if ranks else "")),
-            ]
-        )
-    about = f"{_count(len(failed), 'failed save')}, the newest first"
-    if len(failed) > MOST_FAILURES:
-        about += f"; the newest {MOST_FAILURES} are shown"
-    return "<h2>Failures</h2>" + data_table(about, ["time", "series", "step", "attempt", "why"], rows)
+    shown = "".join(f"<li>{_failure(record)}</li>\n" for record in reversed(failed[-MOST_FAILURES:]))
+    more = f"; the newest {MOST_FAILURES} are shown" if len(failed) > MOST_FAILURES else ""
+    about = f"{_count(len(failed), 'failed save')}, the newest first{more}"
+    return f'<h2>Failures</h2><p class="quiet">{about}</p><ol class="failures">{shown}</ol>'
+
+
+def _failure(record: CheckpointRecord) -> str:
+    ranks = "".join(map(_rank_failure, record.failures[:MOST_RANKS]))
+    if len(record.failures) > MOST_RANKS:
+        ranks += f"<li>and {len(record.failures) - MOST_RANKS:,} ranks more</li>"
+    return (
+        f"<strong>{safe(record.series)} step {record.step:,}</strong> "
+        f'<span class="quiet">attempt {record.id:,}, {_when(record.finished_at)}</span><br>'
+        f'<span class="bad">{safe(record.reason or "no reason recorded")}</span>'
+        + (f"<ul>{ranks}</ul>" if ranks else "")
+    )
 
 
 def _rank_failure(failure: Mapping[str, Any]) -> str:
@@ -482,7 +512,7 @@ def _checkpoints(facts: RunFacts) -> str:
                 _state(record),
                 ("when", _when(record.committed_at or record.created_at)),
                 ("number", size(record.bytes) if record.bytes else "-"),
-                ("number", duration(durability.commit_lag(record))),
+                ("number", charts.took(durability.commit_lag(record))),
                 ("long", safe(why) or "-"),
             ]
         )
@@ -552,14 +582,6 @@ def data_table(about: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) 
 def _state(record: CheckpointRecord) -> Cell:
     word = describe.retirement(record)
     return ("quiet", word) if word else (_STATES.get(record.state, "warn"), record.state.value)
-
-
-def _phases_of(record: CheckpointRecord) -> tuple[float | None, ...]:
-    return record.stage_s, record.write_s, record.gather_s, record.commit_s
-
-
-def _durations(took: Iterable[float | None]) -> list[Cell]:
-    return [("number", duration(value)) for value in took]
 
 
 def _when(at: float | None) -> str:
