@@ -412,6 +412,7 @@ class RunDirectory:
         *,
         digests: bool,
         progress: Callable[[int], None] | None = None,
+        from_disk: bool = False,
     ) -> tuple[str, ...]:
         """
         Compare the files of the directory *path* with what was recorded.
@@ -421,18 +422,26 @@ class RunDirectory:
             files: What is expected in it; sizes in bytes.
             digests: Read every byte, not only the sizes.
             progress: Called with the number of bytes just read.
+            from_disk: Read what the disk holds rather than what memory still has of it, as far as the kernel
+                lets go of that; and leave no more in memory for others to make room for.
 
         Returns:
             What differs, each starting with ``missing:``, ``unreadable:``, ``size:`` or ``digest:``; empty if intact.
         """
         try:
             with reach.directory(self._inside(path)) as folder:
-                return tuple(self._compare(folder, files, digests=digests, progress=progress))
+                return tuple(self._compare(folder, files, digests=digests, progress=progress, from_disk=from_disk))
         except (FileNotFoundError, NotADirectoryError):
             return tuple(f"missing: {entry.path} cannot be read: there is no directory {path}" for entry in files)
 
     def _compare(
-        self, folder: int, files: Sequence[FileEntry], *, digests: bool, progress: Callable[[int], None] | None
+        self,
+        folder: int,
+        files: Sequence[FileEntry],
+        *,
+        digests: bool,
+        progress: Callable[[int], None] | None,
+        from_disk: bool,
     ) -> list[str]:
         wrong = []
         for entry in files:
@@ -441,7 +450,7 @@ class RunDirectory:
                     size = os.fstat(descriptor).st_size
                     if size != entry.size:
                         wrong.append(f"size: {entry.path} has {size} bytes, {entry.size} were committed")
-                    elif digests and _digest_of(descriptor, size, progress) != entry.digest:
+                    elif digests and _digest_of(descriptor, size, progress, from_disk=from_disk) != entry.digest:
                         wrong.append(f"digest: {entry.path} has other bytes than were committed")
             except OSError as error:
                 word = "missing" if error.errno in _ABSENT else "unreadable"
@@ -809,12 +818,16 @@ def _taken_is_unsafe(path: Path) -> Iterator[None]:
         raise UnsafePath(f"{path} cannot be replaced: {error}", hint=hint, path=str(path), reason=str(error)) from error
 
 
-def _digest_of(descriptor: int, size: int, progress: Callable[[int], None] | None) -> str:
+def _digest_of(descriptor: int, size: int, progress: Callable[[int], None] | None, *, from_disk: bool) -> str:
     digest = Digest()
+    if from_disk:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     for block in _blocks(descriptor, size):
         digest.update(block)
         if progress is not None:
             progress(len(block))
+    if from_disk:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.text
 
 

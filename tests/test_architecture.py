@@ -20,7 +20,7 @@ import ckptmgr
 
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
-    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems"},
+    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems", "pace"},
     {"retention", "recovery", "resume", "storage"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers"},

@@ -3,10 +3,10 @@ The ``ckptmgr`` command: look at a run, ask whether it may be resumed, and put r
 
 It reads the journal and the run directory and imports neither torch nor the manager, so it starts
 fast and runs where no training can. Nothing is changed without ``--apply`` (``upgrade`` excepted,
-which makes a backup first). Each command is one file here, loaded when it is asked for, with DESCRIPTION,
-EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it
-prints goes through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these
-files by a test.
+which makes a backup first, and what ``verify`` notes). Each command is one file here, loaded when it is
+asked for, with DESCRIPTION, EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and with TARGET if it is
+not about a run; what it prints goes through `output`, its exit status comes from `exit_codes`.
+docs/reference/cli.md is held to these files by a test.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ COMMANDS = {
     "log": "print every transition, oldest first",
     "latest": "print the path of the newest checkpoint that is safe to resume from",
     "check": "say whether the run may be resumed, from which path, and what speaks against it",
+    "verify": "compare the bytes of committed checkpoints with what was committed, and remember when",
     "recover": "say what a crash left and what would be done about it; --apply does it",
     "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",
     "doctor": "try on your own storage what a run relies on, and say what holds there",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 
 from ckptmgr import storage
+from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted
-from ckptmgr.errors import InvalidArgument
 from ckptmgr.filesystems import Level, file_system
-from ckptmgr.options import parse_size
 from ckptmgr.storage import Place, Role, StorageReport, Verdict
 
 DESCRIPTION = """\
@@ -30,18 +29,10 @@ _COLOURS = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim", Leve
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--need", metavar="SIZE", type=size, help="free space that must be there, such as 200GB")
+    parser.add_argument("--need", metavar="SIZE", type=target.size, help="free space that must be there, such as 200GB")
     parser.add_argument(
         "--timeout", metavar="S", type=seconds, help="seconds that one step may take until it counts as stuck (10)"
     )
-
-
-def size(text: str) -> int:
-    """The argparse type of a size in bytes."""
-    try:
-        return parse_size(text)
-    except InvalidArgument as error:
-        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def seconds(text: str) -> float:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from ckptmgr.cli import describe, target
 from ckptmgr.cli.exit_codes import Exit
-from ckptmgr.cli.output import Output, age, size
+from ckptmgr.cli.output import Output, Painted, Span, age, size
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
+
+if TYPE_CHECKING:
+    from ckptmgr.journal import Verification
 
 DESCRIPTION = """\
 List the checkpoints of a run, series by series, oldest first. Retired
@@ -32,6 +36,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         target.require_series(journal, args.series)
         records = journal.checkpoints(series=args.series)
         decisions = journal.decisions()
+        verified = journal.newest_verifications()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
     order = {name: place for place, name in enumerate(dict.fromkeys(record.series for record in records))}
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     shown = records if args.all else without_history(records)
     hidden = len(records) - len(shown)
     if out.as_json:
-        documents = [describe.document(record, decisions, rundir.path) for record in shown]
+        documents = [describe.document(record, decisions, verified.get(record.id), rundir.path) for record in shown]
         out.document({"run": about, "checkpoints": documents, "hidden": hidden})
         return Exit.OK
     now = time.time()
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 describe.state(record),
                 age(now - (record.committed_at or record.created_at)),
                 size(record.bytes) if record.bytes else "",
-                describe.why(record, decisions, live_epoch=live_epoch),
+                why(record, decisions, verified.get(record.id), now, live_epoch),
             ]
             for record in shown
         )
@@ -60,6 +65,21 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if hidden:
         out.note(f"{hidden} retired or failed before the newest commit: --all shows them")
     return Exit.OK
+
+
+def why(
+    record: CheckpointRecord,
+    decisions: describe.Decisions,
+    verified: Verification | None,
+    now: float,
+    live_epoch: int | None,
+) -> Span:
+    """Why it is kept, goes or failed, and of one that may be resumed from how far its bytes can be trusted."""
+    text = describe.why(record, decisions, live_epoch=live_epoch)
+    if verified is None or not record.is_live:
+        return text
+    both = "; ".join(part for part in (text, describe.trust(verified, now)) if part)
+    return both if verified.ok else Painted(both, "red")
 
 
 def without_history(records: list[CheckpointRecord]) -> list[CheckpointRecord]:

@@ -30,6 +30,8 @@ _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 #: The last column of a table is wrapped to what is left of the terminal, but never narrower than this.
 _NARROWEST = 20
 _PROGRESS_EVERY_S = 0.1
+#: A rate is shown once it can be told.
+_PACE_AFTER_S = 1.0
 
 
 class Painted(NamedTuple):
@@ -158,6 +160,34 @@ class Output:
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
         self.reader_left = self.reader_left or stream is sys.stdout
+
+
+class Progress:
+    """
+    How far reading has come, with its rate and the time left, as `Output.progress` shows it.
+
+    Args:
+        out: Where.
+        total: Bytes in all.
+    """
+
+    def __init__(self, out: Output, total: int) -> None:
+        self._out = out
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+
+    def add(self, count: int, doing: str) -> None:
+        """*count* bytes more have been read; *doing* says of what."""
+        self._done += count
+        self._out.progress(lambda: f"{doing}: {size(self._done)} of {size(self._total)}{self._pace()}")
+
+    def _pace(self) -> str:
+        took = time.monotonic() - self._began
+        if took < _PACE_AFTER_S or not self._done:
+            return ""
+        rate = self._done / took
+        return f", {size(int(rate))}/s, {duration(max(0, self._total - self._done) / rate)} left"
 
 
 class Table:

@@ -11,12 +11,14 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument, JournalNotFound
+from ckptmgr.options import parse_size
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -121,6 +123,22 @@ def step(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a step: give a whole number, 0 or more")
     return int(text)
+
+
+def size(text: str) -> int:
+    """The argparse type of a size in bytes."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
+def period(text: str) -> float:
+    """The argparse type of a length of time in seconds: ``90s``, ``30min``, ``12h``, ``7d``, ``2w``."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|min|h|d|w)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length of time: give a number with s, min, h, d or w")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
 
 
 def choose_series(journal: Journal, asked: str | None) -> str:

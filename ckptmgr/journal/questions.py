@@ -303,12 +303,21 @@ class Questions:
                 select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
             ).all()
             database.require_intact(database.driver(connection), self.path, ["verification"], of=[checkpoint_id])
-        found = []
-        for row in rows:
-            facts = self._facts(verification, row)
-            texts = self._texts(facts["mismatches"])
-            found.append(Verification(**{**facts, "ok": bool(facts["ok"]), "mismatches": texts}))
-        return found
+        return [self._verification(row) for row in rows]
+
+    def newest_verifications(self) -> dict[int, Verification]:
+        """Of each checkpoint whose bytes were compared with the journal: the last time."""
+        table = verification.c
+        last = select(func.max(table.id)).where(table.level == "digest").group_by(table.checkpoint_id)
+        with self._database.reading() as connection:
+            rows = connection.execute(select(verification).where(table.id.in_(last))).all()
+            database.require_intact(database.driver(connection), self.path, ["verification"])
+        return {found.checkpoint_id: found for found in map(self._verification, rows)}
+
+    def _verification(self, row: Row[Any]) -> Verification:
+        facts = self._facts(verification, row)
+        texts = self._texts(facts["mismatches"])
+        return Verification(**{**facts, "ok": bool(facts["ok"]), "mismatches": texts})
 
     def _records(self, query: Select[Any]) -> list[CheckpointRecord]:
         with self._database.reading() as connection:

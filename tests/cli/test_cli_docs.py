@@ -231,6 +231,19 @@ def test_json_of_check(full: Run, ckptmgr: Call) -> None:
     assert documents[-1]["reports"][0]["chosen"] is None
 
 
+def test_json_of_verify(full: Run, ckptmgr: Call) -> None:
+    full.journal.record_verification(4, level="digest", ok=True, mismatches=[])
+    full.save(3000, series="new")
+    full.rundir.acquire("train.py")
+    documents = [ckptmgr("verify", full.directory, "--json").json]
+    full.rundir.release()
+    (full.directory / "checkpoint/step-1500/model.bin").unlink()
+    documents.append(ckptmgr("verify", full.directory, "--json").json)
+
+    assert_documented("ckptmgr verify", documents)
+    assert documents[-1]["exit_code"] == 5
+
+
 def test_json_of_recover(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
     documents = [ckptmgr("recover", full.directory, "--json").json]
     # A checkpoint that an overwrite set aside and then lost its own bytes; one that is given up; one that

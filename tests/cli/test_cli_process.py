@@ -32,6 +32,7 @@ COMMAND_LINES = [
     ["log"],
     ["latest"],
     ["check", "--deep"],
+    ["verify"],
     ["recover"],
     ["recover", "--apply"],
     ["recover", "--rebuild"],
@@ -393,6 +394,14 @@ def test_deep_shows_its_progress_on_a_terminal_alone(run: Run) -> None:
     assert on_screen.count("\r\x1b[K") >= 2
     assert in_child("check", run.directory, "--deep").err == ""
     assert "verifying" not in on_terminal("check", run.directory, "--deep", "--json")
+
+
+def test_what_takes_longer_shows_its_rate_and_the_time_left(run: Run) -> None:
+    run.save(500)
+
+    on_screen = on_terminal("verify", run.directory, "--max-bytes-per-second", "400B")
+
+    assert re.search(r"verifying checkpoint/step-500: \S+ k?B of 1\.1 kB, \S+ B/s, \S+ s left", on_screen)
 
 
 def test_control_characters_never_reach_a_stream(run: Run, ckptmgr: Call) -> None:

@@ -891,8 +891,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "cli/check.py",
-                "journal.files(record.id), digests=True, progress=read)",
-                "journal.files(record.id), digests=False, progress=read)",
+                "journal.files(record.id), digests=True, progress=read, from_disk=True",
+                "journal.files(record.id), digests=False, progress=read, from_disk=True",
             ),
         ),
         (_tests("bit rot", "cli/test_cli_check.py", sign="assert"),),

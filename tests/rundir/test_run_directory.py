@@ -402,6 +402,36 @@ def test_verifying_finds_every_kind_of_damage(rundir: RunDirectory, damage: Any,
     assert bool(shallow) is not deep_only, shallow
 
 
+def test_what_is_read_from_disk_is_not_what_memory_has_of_it_and_is_not_kept_there(rundir: RunDirectory) -> None:
+    record = _record(1)
+    files = _stage(rundir, record, {"a": b"x" * (8 << 20)})
+    path = rundir.absolute(record.staging_directory) / "a"
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+
+        def in_memory() -> bool:
+            try:
+                return os.preadv(descriptor, [bytearray(4096)], 4 << 20, os.RWF_NOWAIT) > 0
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                pytest.skip(f"this file system does not say what it has in memory: {error}")
+
+        assert rundir.verify(record.staging_directory, files, digests=True) == ()
+        if not in_memory():
+            pytest.skip("what was just read is not in memory")
+        rundir.verify(record.staging_directory, files, digests=True, from_disk=True)
+        kept = in_memory()
+        assert rundir.verify(record.staging_directory, files, digests=True) == ()
+        if not in_memory():
+            pytest.skip("what was just read is not in memory")
+    finally:
+        os.close(descriptor)
+
+    assert not kept
+
+
 def test_verifying_tells_how_many_bytes_it_has_read(rundir: RunDirectory) -> None:
     record = _record(1)
     files = _stage(rundir, record)
