@@ -64,6 +64,9 @@ MAX_META_BYTES = 32 << 20
 _BLOCK_BYTES = 2 << 20
 _READ_AHEAD = 3
 
+#: Pieces of data in one file that are counted.
+_MOST_PIECES = 10_000
+
 _SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _FINAL = re.compile(r"(?:step|hf)-(0|[1-9][0-9]{0,17})\Z")
 _WORKING = re.compile(
@@ -392,6 +395,28 @@ class RunDirectory:
             names += [name for one in (*here, *below) if (name := (at / one).as_posix()) not in listed | folders]
             below[:] = [one for one in below if (at / one).as_posix() in folders]
         return tuple(sorted(names))
+
+    def written(self, path: str) -> dict[str, int]:
+        """
+        How many bytes of each file below *path* have been written, by its path relative to it.
+
+        A writer reserves the space of a whole file first; that is not counted, where the file system can tell.
+        What goes meanwhile is left out.
+        """
+        found = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), reach.directory(self._inside(path)) as folder:
+            for root, below, names in os.walk(self._inside(path)):
+                at = Path(root).relative_to(self._inside(path))
+                below.sort()
+                for name in ((at / name).as_posix() for name in sorted(names)):
+                    with contextlib.suppress(OSError), reach.regular(folder, name) as descriptor:
+                        found[name] = _written(descriptor)
+        return found
+
+    def space(self) -> tuple[int, int]:
+        """Bytes of the file system: those that are free for anybody but root, and all."""
+        space = os.statvfs(self.path)
+        return space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]:
         """
@@ -816,6 +841,22 @@ def _taken_is_unsafe(path: Path) -> Iterator[None]:
             raise
         hint = "move away what stands there, or at the hidden name of its next version"
         raise UnsafePath(f"{path} cannot be replaced: {error}", hint=hint, path=str(path), reason=str(error)) from error
+
+
+def _written(descriptor: int) -> int:
+    """Bytes of a file that hold data: neither holes nor space that is only reserved."""
+    written = end = 0
+    # A file in more pieces is somebody else's.
+    for _ in range(_MOST_PIECES):
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after this
+                return written
+            raise
+        written += end - begin
+    return written
 
 
 def _digest_of(descriptor: int, size: int, progress: Callable[[int], None] | None, *, from_disk: bool) -> str:

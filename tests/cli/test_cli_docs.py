@@ -244,6 +244,20 @@ def test_json_of_verify(full: Run, ckptmgr: Call) -> None:
     assert documents[-1]["exit_code"] == 5
 
 
+def test_json_of_stats(full: Run, ckptmgr: Call) -> None:
+    full.save(100, series="once", until=S.FAILED)
+    documents = [ckptmgr("stats", full.directory, "--json").json]
+    for name in ("checkpoint", "once"):
+        full.save(9000, series=f"{name}-again")
+        full.save(9500, series=f"{name}-again")
+    (full.directory / "checkpoint").rename(full.directory.parent / "away")
+    documents.append(ckptmgr("stats", full.directory, "--json").json)
+    full.directory.rename(full.directory.parent / "gone")
+    documents.append(ckptmgr("stats", full.directory, "--json").json)
+
+    assert_documented("ckptmgr stats", documents)
+
+
 def test_json_of_recover(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
     documents = [ckptmgr("recover", full.directory, "--json").json]
     # A checkpoint that an overwrite set aside and then lost its own bytes; one that is given up; one that

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import UnixFileLock
 
-from ckptmgr import reach
+from ckptmgr import durable, reach
 from ckptmgr.errors import (
     CorruptCheckpoint,
     ForeignJournal,
@@ -430,6 +430,22 @@ def test_what_is_read_from_disk_is_not_what_memory_has_of_it_and_is_not_kept_the
         os.close(descriptor)
 
     assert not kept
+
+
+def test_what_is_written_leaves_out_what_is_only_reserved_links_and_what_is_gone(rundir: RunDirectory) -> None:
+    staging = rundir.create_staging(_record(1))
+    (staging / "sub").mkdir()
+    (staging / "sub" / "whole").write_bytes(b"x" * 5000)
+    (staging / "link").symlink_to("sub/whole")
+    with durable.new_file(staging / "begun", mode=None) as descriptor:
+        reserved = durable.set_size(descriptor, 8 << 20)
+        durable.write_at(descriptor, memoryview(b"y" * (1 << 20)), 4 << 20)
+        found = rundir.written(_record(1).staging_directory)
+
+    assert found["sub/whole"] in (5000, 8192)
+    assert found["begun"] == 1 << 20 or not reserved
+    assert found.keys() == {"sub/whole", "begun"}
+    assert rundir.written("checkpoint/.step-9.e1.a9.incomplete") == {}
 
 
 def test_verifying_tells_how_many_bytes_it_has_read(rundir: RunDirectory) -> None:
