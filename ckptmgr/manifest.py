@@ -55,10 +55,10 @@ class Digest:
         """The digest as it stands in a manifest."""
         return "xxh3_128:" + self._hash.hexdigest()
 
-    @property
-    def number(self) -> int:
-        """The digest as a number below 2^128."""
-        return self._hash.intdigest()
+
+def digest_number(data: bytes) -> int:
+    """The digest of *data* as a number below 2^128."""
+    return int(xxhash.xxh3_128_intdigest(data))
 
 
 @dataclasses.dataclass(frozen=True)

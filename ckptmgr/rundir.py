@@ -23,9 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from filelock import Timeout, UnixFileLock
+from typing import TYPE_CHECKING, Any
 
 from ckptmgr import durable, reach
 from ckptmgr.errors import (
@@ -49,6 +47,9 @@ from ckptmgr.manifest import (
 )
 from ckptmgr.options import Permissions
 from ckptmgr.recovery import Found, FoundKind
+
+if TYPE_CHECKING:
+    from filelock import UnixFileLock
 
 log = logging.getLogger("ckptmgr")
 
@@ -173,6 +174,8 @@ class RunDirectory:
             UnsafePath: Lock, journal or run directory may be somebody else's: a link, a file with a second
                 name, no file at all, or another user's in a directory where everybody may make files.
         """
+        from filelock import Timeout, UnixFileLock  # slow to import, and whoever only looks takes no lock
+
         with self._refused_is_unsupported("make"):
             durable.ensure_directory(self.lock_path.parent, mode=self.permissions.directory_mode)
             self._refuse_what_was_planted()

@@ -15,7 +15,7 @@ from ckptmgr.errors import JournalError
 from ckptmgr.resume import Level, ResumeReport, Verdict
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
     from ckptmgr.lifecycle import CheckpointRecord
     from ckptmgr.recovery import Found
     from ckptmgr.rundir import RunDirectory
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def judge(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     series: str,
     *,
@@ -168,7 +168,7 @@ def judge(
 
 
 def verify_digests(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     live: Sequence[CheckpointRecord],
     found: Sequence[Found],

@@ -15,7 +15,7 @@ from ckptmgr.errors import CheckpointNotFound
 from ckptmgr.lifecycle import CheckpointState
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal, Verification
+    from ckptmgr.journal import Questions, Verification
     from ckptmgr.lifecycle import CheckpointRecord, TransitionRecord
     from ckptmgr.manifest import FileEntry
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def find(journal: Journal, series: str, step: int) -> CheckpointRecord:
+def find(journal: Questions, series: str, step: int) -> CheckpointRecord:
     """
     The checkpoint of *step*: the live one, else its newest attempt.
 

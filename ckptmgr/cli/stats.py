@@ -21,7 +21,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 
 if TYPE_CHECKING:
     from ckptmgr.cli.describe import Decisions
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
     from ckptmgr.rundir import RunDirectory
 
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def space(
-    journal: Journal, rundir: RunDirectory, series: str, records: Sequence[CheckpointRecord], alive: int | None
+    journal: Questions, rundir: RunDirectory, series: str, records: Sequence[CheckpointRecord], alive: int | None
 ) -> dict[str, dict[str, int]]:
     """How many checkpoints and bytes of *series* are live, being deleted, in flight, and left over by a crash."""
     from ckptmgr.recovery import FoundKind

@@ -21,7 +21,7 @@ from ckptmgr.errors import InvalidArgument, JournalNotFound
 from ckptmgr.options import parse_size
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Journal, Questions
     from ckptmgr.rundir import RunDirectory
 
 JOURNAL_SUFFIX = ".journal.db"
@@ -49,7 +49,7 @@ def locate(args: argparse.Namespace) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tuple[Journal, RunDirectory]]:
+def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tuple[Questions, RunDirectory]]:
     """
     The run's journal, opened read-only, and its directory.
 
@@ -63,11 +63,11 @@ def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tu
         JournalCorrupt: It is damaged.
         ForeignJournal: It belongs to another run directory.
     """
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
 
     rundir = locate(args)
     require_journal(rundir)
-    with Journal.open_read_only(rundir.journal_path) as journal:
+    with Questions.open_read_only(rundir.journal_path) as journal:
         judged = directory and rundir.path.is_dir()
         rundir.require_pair(journal.run_id, managed=judged and bool(journal.series()))
         yield journal, rundir
@@ -125,6 +125,14 @@ def step(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """The argparse type of a number of things: a whole one from 1."""
+    number = step(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("give a number of at least 1")
+    return number
+
+
 def size(text: str) -> int:
     """The argparse type of a size in bytes."""
     try:
@@ -141,7 +149,7 @@ def period(text: str) -> float:
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
 
 
-def choose_series(journal: Journal, asked: str | None) -> str:
+def choose_series(journal: Questions, asked: str | None) -> str:
     """
     The series a command about one series means: the one asked for, ``checkpoint``, or the only one.
 
@@ -162,7 +170,7 @@ def choose_series(journal: Journal, asked: str | None) -> str:
     return known[0]
 
 
-def require_series(journal: Journal, asked: str | None) -> None:
+def require_series(journal: Questions, asked: str | None) -> None:
     """
     Check a ``--series`` that filters.
 
@@ -174,7 +182,7 @@ def require_series(journal: Journal, asked: str | None) -> None:
         raise InvalidArgument(f"no series {asked!r} in this run; it has {', '.join(known) or 'none yet'}")
 
 
-def live_epoch(journal: Journal) -> int | None:
+def live_epoch(journal: Questions) -> int | None:
     """
     The newest epoch if its process may still be running, else None.
 

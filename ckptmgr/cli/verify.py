@@ -18,7 +18,7 @@ from ckptmgr.manifest import MANIFEST_NAME
 from ckptmgr.pace import Pace
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal, Verification
+    from ckptmgr.journal import Questions, Verification
     from ckptmgr.lifecycle import CheckpointRecord
     from ckptmgr.rundir import RunDirectory
 
@@ -189,7 +189,7 @@ def choose(
 
 
 def verify(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     chosen: Sequence[CheckpointRecord],
     trust: Mapping[int, Verification],
@@ -227,7 +227,7 @@ def verify(
 
 
 def compare(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     record: CheckpointRecord,
     before: Verification | None,

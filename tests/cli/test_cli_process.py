@@ -77,9 +77,18 @@ def test_a_command_loads_none_of_the_others(run: Run) -> None:
     run.save(100)
     loaded = loaded_by("latest", str(run.directory))
 
-    assert {"ckptmgr.cli.latest", "sqlalchemy"} <= loaded
+    assert {"ckptmgr.cli.latest", "sqlite3"} <= loaded
     others = {f"ckptmgr.cli.{name}" for name in COMMANDS} - {"ckptmgr.cli.latest", "ckptmgr.cli.check"}
     assert {"ckptmgr.storage", "ckptmgr.rebuild", *others}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("words", [["ls"], ["latest"], ["check"], ["show", "100"], ["log"], ["recover"]], ids=" ".join)
+def test_a_command_that_only_reads_waits_neither_for_sqlalchemy_nor_for_filelock(run: Run, words: list[str]) -> None:
+    run.save(100)
+    loaded = loaded_by(words[0], str(run.directory), *words[1:])
+
+    assert "sqlite3" in loaded
+    assert {"sqlalchemy", "alembic", "filelock", "asyncio", "transitions"}.isdisjoint(loaded)
 
 
 def loaded_by(*words: str) -> set[str]:

@@ -508,7 +508,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "commit-error-is-failure",
         "an error that COMMIT reports is taken for: not committed",
-        (Edit("journal/database.py", "                if now != mine:\n", "                if True:\n"),),
+        (Edit("journal/writing.py", "                if now != mine:\n", "                if True:\n"),),
         (
             _tests(
                 "failing COMMIT",
@@ -520,7 +520,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "commit-error-is-success",
         "an error that COMMIT reports is taken for: committed all the same",
-        (Edit("journal/database.py", "                if now != mine:\n", "                if False:\n"),),
+        (Edit("journal/writing.py", "                if now != mine:\n", "                if False:\n"),),
         (
             _tests(
                 "failing COMMIT",
