@@ -31,6 +31,7 @@ COMMANDS = {
     "latest": "print the path of the newest checkpoint that is safe to resume from",
     "check": "say whether the run may be resumed, from which path, and what speaks against it",
     "verify": "compare the bytes of committed checkpoints with what was committed, and remember when",
+    "watch": "show a run live: what is in flight, how far each rank is, the last commit and the last failure",
     "stats": "say what checkpoints take and cost: space, growth, time, failures, and when the disk is full",
     "recover": "say what a crash left and what would be done about it; --apply does it",
     "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",

@@ -31,19 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--need", metavar="SIZE", type=target.size, help="free space that must be there, such as 200GB")
     parser.add_argument(
-        "--timeout", metavar="S", type=seconds, help="seconds that one step may take until it counts as stuck (10)"
+        "--timeout",
+        metavar="S",
+        type=target.seconds,
+        help="seconds that one step may take until it counts as stuck (10)",
     )
-
-
-def seconds(text: str) -> float:
-    """The argparse type of a wait: above 0, and an hour at most."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from above 0 to 3600")
-    return number
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

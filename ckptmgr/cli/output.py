@@ -64,6 +64,7 @@ class Output:
         self._colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._width = shutil.get_terminal_size().columns if terminal else None
         self._progress_shown_at: float | None = None
+        self._drawn = 0
 
     def document(self, body: Mapping[str, Any]) -> None:
         """Print one JSON object on one line: strict JSON in ASCII, not-a-number as null, hints ready to be pasted."""
@@ -122,6 +123,22 @@ class Output:
             width = shutil.get_terminal_size().columns - 1
             self._write(sys.stderr, "\r\x1b[K" + clean(text())[:width])
             self._progress_shown_at = now
+
+    def redraw(self, lines: Sequence[Sequence[Span]]) -> None:
+        """
+        Print *lines*; on a terminal in place of those that were drawn before, cut to its width.
+
+        Elsewhere they come one after the other.
+        """
+        if self._width is None:
+            self._write(sys.stdout, "".join(self._render(line).rstrip() + "\n" for line in lines))
+            return
+        width = shutil.get_terminal_size().columns
+        text = f"\x1b[{self._drawn}A" if self._drawn else ""
+        # Line by line and not all at once, or the screen would flicker.
+        text += "".join(self._render(_cut(line, width)) + "\x1b[K\n" for line in lines) + "\x1b[J"
+        self._write(sys.stdout, text)
+        self._drawn = len(lines)
 
     def _strict(self, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -241,6 +258,16 @@ def clean(text: str) -> str:
 
 #: Control, format (which hides or reverses text), surrogate, and line or paragraph separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _cut(line: Sequence[Span], width: int) -> list[Span]:
+    """*line* as far as *width* columns have room for it."""
+    cut: list[Span] = []
+    for span in line:
+        text = clean(_text(span))[:width]
+        width -= len(text)
+        cut.append(text if isinstance(span, str) else Painted(text, span.colour))
+    return cut
 
 
 def _text(cell: Span) -> str:

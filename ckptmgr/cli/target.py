@@ -141,6 +141,17 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(error.message) from error
 
 
+def seconds(text: str) -> float:
+    """The argparse type of a wait: above 0, and an hour at most."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from above 0 to 3600")
+    return number
+
+
 def period(text: str) -> float:
     """The argparse type of a length of time in seconds: ``90s``, ``30min``, ``12h``, ``7d``, ``2w``."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|min|h|d|w)", text)

@@ -231,6 +231,10 @@ class Questions:
             rows += _rows(connection, _FAILED_AFTER, series, last)
         return [self._record(row) for row in sorted(rows, key=lambda row: row["id"])]
 
+    def last_failed(self, series: str) -> CheckpointRecord | None:
+        """The attempt of *series* that began last of those that FAILED."""
+        return next(iter(self._records(f"{_FAILED_AFTER} ORDER BY checkpoint.id DESC LIMIT 1", series, 0)), None)
+
     def live_directories(self, series: str) -> frozenset[str]:
         """The directories of all live checkpoints of *series*; nothing else of them is read."""
         query = f"SELECT directory FROM checkpoint WHERE series = ? AND {LIVE}"  # noqa: S608

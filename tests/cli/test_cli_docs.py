@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_on_disk import Call, Run, S, start
+from run_on_disk import NO_PROCESS, Call, Run, S, start
 
 from ckptmgr import recovery, storage
 from ckptmgr.cli import COMMANDS, build_parser
@@ -242,6 +242,23 @@ def test_json_of_verify(full: Run, ckptmgr: Call) -> None:
 
     assert_documented("ckptmgr verify", documents)
     assert documents[-1]["exit_code"] == 5
+
+
+def test_json_of_watch(full: Run, ckptmgr: Call) -> None:
+    full.save(10, series="hf", layout=Format.HUGGINGFACE)
+    full.save(20, series="new", until=S.WRITING, files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    with start("watch", full.directory, "--json") as child:
+        documents = [json.loads(child.stdout.readline())]
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+    full.save(30, series="like", files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    full.save(40, series="like", until=S.WRITING, files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    full.save(50, series="who", until=S.FAILED, failures=[{"rank": 1, "host": "n", "cause": "c"}])
+    full.start(pid=NO_PROCESS)
+    documents.append(ckptmgr("watch", full.directory, "--json").json)
+
+    assert child.returncode == 130
+    assert_documented("ckptmgr watch", documents)
 
 
 def test_json_of_stats(full: Run, ckptmgr: Call) -> None:

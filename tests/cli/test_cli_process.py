@@ -33,6 +33,7 @@ COMMAND_LINES = [
     ["latest"],
     ["check", "--deep"],
     ["verify"],
+    ["watch"],
     ["stats"],
     ["recover"],
     ["recover", "--apply"],
