@@ -57,6 +57,7 @@ DOORS = {
     "torch": {"writers/", "ranks.py", "manager.py"},
     "numpy": {"writers/archives.py", "writers/state.py"},
     "xxhash": {"manifest.py"},
+    "shtab": {"cli/completion.py"},
     "transformers": {"writers/modelnames.py", "writers/assets.py"},
     "psutil": {"writers/worker.py", "writers/arena.py"},
     "tempfile": {"writers/assets.py"},  # what save_pretrained writes passes through a folder

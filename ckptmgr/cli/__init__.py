@@ -35,10 +35,14 @@ COMMANDS = {
     "stats": "say what checkpoints take and cost: space, growth, time, failures, and when the disk is full",
     "recover": "say what a crash left and what would be done about it; --apply does it",
     "upgrade": "bring the journal to the schema of this version of ckptmgr; makes a backup first",
+    "completion": "print a script by which bash, zsh or fish completes commands, flags and paths",
     "doctor": "try on your own storage what a run relies on, and say what holds there",
 }
 #: What a command is about, and what that is, unless it says otherwise.
 TARGET = ("RUN", "a run directory, or its .journal.db file")
+
+#: Commands that are about nothing that has a journal.
+WITHOUT_JOURNAL = frozenset({"completion"})
 
 EPILOG = """\
 examples:
@@ -106,7 +110,8 @@ def build_parser(words: Collection[str] = tuple(COMMANDS)) -> Parser:
         metavar, about = getattr(module, "TARGET", TARGET)
         command.add_argument("run", metavar=metavar, help=about)
         module.configure(command)
-        command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
+        if name not in WITHOUT_JOURNAL:
+            command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
         command.add_argument("--json", action="store_true", help="print JSON, errors included")
     return parser
 
@@ -128,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Output(as_json="--json" in words)
     try:
         args = build_parser(words).parse_args(words)
-        out = Output(as_json=args.json, run=[args.run, *(("--journal", args.journal) if args.journal else ())])
+        out = Output(
+            as_json=args.json, run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())]
+        )
         return int(command_file(args.command).run(args, out))
     except SystemExit as end:
         out.finish()

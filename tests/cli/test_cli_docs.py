@@ -326,6 +326,10 @@ def test_json_of_upgrade(run: Run, ckptmgr: Call) -> None:
     assert_documented("ckptmgr upgrade", [document])
 
 
+def test_json_of_completion(ckptmgr: Call) -> None:
+    assert_documented("ckptmgr completion", [ckptmgr("completion", "bash", "--json").json])
+
+
 def test_json_of_doctor(ckptmgr: Call, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     documents = [
