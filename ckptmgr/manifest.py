@@ -15,7 +15,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
@@ -220,10 +219,9 @@ def is_plain_relative(path: str) -> bool:
     """
     if not isinstance(path, str) or len(path) > 4096 or not path.isprintable() or "\\" in path:
         return False
-    if any(len(part.encode()) > _MAX_NAME_BYTES for part in path.split("/")):
-        return False
-    pure = PurePosixPath(path)
-    return bool(path) and not pure.is_absolute() and not {".", ".."} & {*path.split("/")} and str(pure) == path
+    parts = path.split("/")
+    # A path that is empty, absolute, or ends in a slash has an empty part.
+    return not {"", ".", ".."} & {*parts} and all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
 
 
 def is_text(value: object) -> bool:

@@ -22,7 +22,7 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr import durable, reach
@@ -389,14 +389,15 @@ class RunDirectory:
     def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:
         """What stands in a checkpoint directory and was not committed: names relative to it."""
         listed = {entry.path for entry in files} | {MANIFEST_NAME}
-        folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
-        directory = self._inside(path)
+        folders = {parent for name in listed for parent in _parents(name)}
+        known = listed | folders
+        directory = str(self._inside(path))
         names: list[str] = []
         for root, below, here in os.walk(directory):
-            at = Path(root).relative_to(directory)
+            at = f"{root[len(directory) + 1 :]}/".lstrip("/")
             # A link to a directory is one of *below*, and is not walked into.
-            names += [name for one in (*here, *below) if (name := (at / one).as_posix()) not in listed | folders]
-            below[:] = [one for one in below if (at / one).as_posix() in folders]
+            names += [at + one for one in (*here, *below) if at + one not in known]
+            below[:] = [one for one in below if at + one in folders]
         return tuple(sorted(names))
 
     def written(self, path: str) -> dict[str, int]:
@@ -782,6 +783,11 @@ class RunDirectory:
             if here.is_symlink():
                 raise UnsafePath(f"{here} is a link", hint=_NO_LINK, path=path, reason="links are not followed")
         return self.path / path
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def _resolved(path: Path) -> Path:
