@@ -15,7 +15,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
@@ -55,10 +54,10 @@ class Digest:
         """The digest as it stands in a manifest."""
         return "xxh3_128:" + self._hash.hexdigest()
 
-    @property
-    def number(self) -> int:
-        """The digest as a number below 2^128."""
-        return self._hash.intdigest()
+
+def digest_number(data: bytes) -> int:
+    """The digest of *data* as a number below 2^128."""
+    return int(xxhash.xxh3_128_intdigest(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +219,9 @@ def is_plain_relative(path: str) -> bool:
     """
     if not isinstance(path, str) or len(path) > 4096 or not path.isprintable() or "\\" in path:
         return False
-    if any(len(part.encode()) > _MAX_NAME_BYTES for part in path.split("/")):
-        return False
-    pure = PurePosixPath(path)
-    return bool(path) and not pure.is_absolute() and not {".", ".."} & {*path.split("/")} and str(pure) == path
+    parts = path.split("/")
+    # A path that is empty, absolute, or ends in a slash has an empty part.
+    return not {"", ".", ".."} & {*parts} and all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
 
 
 def is_text(value: object) -> bool:

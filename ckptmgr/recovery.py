@@ -31,7 +31,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecyc
 from ckptmgr.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Journal, Questions
     from ckptmgr.rundir import RunDirectory
 
 S = CheckpointState
@@ -600,7 +600,7 @@ class RecoveryReport:
         }
 
 
-def preview(journal: Journal, rundir: RunDirectory) -> RecoveryReport:
+def preview(journal: Questions, rundir: RunDirectory) -> RecoveryReport:
     """
     Say what `recover` would do, and do nothing. A read-only journal is enough, and no lock.
 
@@ -653,7 +653,7 @@ def project(run_id: str, live: Sequence[CheckpointRecord], rundir: RunDirectory,
         rundir.point_latest(name, max(exports, key=lambda record: record.commit_seq or 0))
 
 
-def _look(journal: Journal, rundir: RunDirectory, records: Sequence[CheckpointRecord]) -> tuple[Action, ...]:
+def _look(journal: Questions, rundir: RunDirectory, records: Sequence[CheckpointRecord]) -> tuple[Action, ...]:
     gathered = [record for record in records if record.state is S.GATHERED]
     # A size is no proof: after a power cut a file may have its full size and hold only zeros.
     deep_for = [path for record in gathered for path in (record.directory, record.staging_directory)]
@@ -670,7 +670,7 @@ def _look(journal: Journal, rundir: RunDirectory, records: Sequence[CheckpointRe
 
 
 def with_traces(
-    journal: Journal, records: Iterable[CheckpointRecord], found: Iterable[Found]
+    journal: Questions, records: Iterable[CheckpointRecord], found: Iterable[Found]
 ) -> list[CheckpointRecord]:
     """
     Add to *records* those that have left a trace in what was *found*; in order of their numbers.

@@ -19,7 +19,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
     from ckptmgr.recovery import Found
 
 #: Every finding there is: id → what it means. Ids are never reused for something else.
@@ -184,7 +184,7 @@ class ResumeReport:
         }
 
 
-def asked_of(journal: Journal, series: str, step: int | None, newest: int) -> list[CheckpointRecord]:
+def asked_of(journal: Questions, series: str, step: int | None, newest: int) -> list[CheckpointRecord]:
     """
     The attempts that `check` judges, in order of their numbers, without reading the whole history of *series*.
 

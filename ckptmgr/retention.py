@@ -15,7 +15,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ckptmgr.errors import InvalidArgument
@@ -265,6 +266,52 @@ def unsettled(kept: Sequence[Kept], rule: KeepRule) -> list[CheckpointRecord] | 
         return None  # it may think again about any of them
     lasting = {part.text for part in rule.parts if isinstance(part, KeepAll | KeepEvery)}
     return [record for record, reasons in kept if not lasting.issuperset(reasons)]
+
+
+_NOBODY_KEEPS = re.compile(r"no rule keeps it \((.*)\)")
+_TEXTS = (
+    ("all", re.compile(r"all")),
+    ("every", re.compile(r"every ([0-9]+) steps")),
+    ("last", re.compile(r"last ([0-9]+)")),
+    ("best", re.compile(r"best ([0-9]+) by .* \((?:min|max)\)")),
+    ("hours", re.compile(r"younger than (\S+) h")),
+    ("none", re.compile(r"newest committed|pinned")),
+)
+
+
+class Growth(NamedTuple):
+    """What keep rules come to while a series goes on saving."""
+
+    #: Of all saves, the share that stays for ever.
+    share: float
+    #: How many of the others there are once the rules have something to let go.
+    level: float
+
+
+def growth(reasons: Iterable[str], *, steps_between: int, seconds_between: float) -> Growth | None:
+    """
+    What the rules come to that are named by *reasons*, as the journal has them; None if a rule is none of ours.
+
+    Args:
+        reasons: Why checkpoints are kept, and why others were let go.
+        steps_between: From one save to the next.
+        seconds_between: From one save to the next.
+    """
+    share, level = 0.0, 1.0
+    texts = [match[1].split(" | ") if (match := _NOBODY_KEEPS.fullmatch(text)) else [text] for text in reasons]
+    for text in {part for parts in texts for part in parts}:
+        kind, found = next(((kind, found) for kind, how in _TEXTS if (found := how.fullmatch(text))), (None, None))
+        if kind is None or found is None:
+            return None
+        if kind == "all":
+            share = 1.0
+        elif kind == "every":
+            share = max(share, math.gcd(steps_between, int(found[1])) / int(found[1]))
+        elif kind in ("last", "best"):
+            level = max(level, float(found[1]))
+        elif kind == "hours":
+            level = max(level, 3600 * float(found[1]) / seconds_between)
+    return Growth(share, level)
 
 
 def _newest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:

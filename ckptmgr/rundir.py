@@ -23,10 +23,8 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-from filelock import Timeout, UnixFileLock
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ckptmgr import durable, reach
 from ckptmgr.errors import (
@@ -51,6 +49,9 @@ from ckptmgr.manifest import (
 from ckptmgr.options import Permissions
 from ckptmgr.recovery import Found, FoundKind
 
+if TYPE_CHECKING:
+    from filelock import UnixFileLock
+
 log = logging.getLogger("ckptmgr")
 
 META_NAME = "meta.json"
@@ -64,6 +65,9 @@ MAX_META_BYTES = 32 << 20
 #: What is digested at once, small enough to stay in the cache of a core, and how many more of them are read ahead.
 _BLOCK_BYTES = 2 << 20
 _READ_AHEAD = 3
+
+#: Pieces of data in one file that are counted.
+_MOST_PIECES = 10_000
 
 _SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _FINAL = re.compile(r"(?:step|hf)-(0|[1-9][0-9]{0,17})\Z")
@@ -171,6 +175,8 @@ class RunDirectory:
             UnsafePath: Lock, journal or run directory may be somebody else's: a link, a file with a second
                 name, no file at all, or another user's in a directory where everybody may make files.
         """
+        from filelock import Timeout, UnixFileLock  # slow to import, and whoever only looks takes no lock
+
         with self._refused_is_unsupported("make"):
             durable.ensure_directory(self.lock_path.parent, mode=self.permissions.directory_mode)
             self._refuse_what_was_planted()
@@ -384,15 +390,38 @@ class RunDirectory:
     def _extra(self, path: str, files: Sequence[FileEntry]) -> tuple[str, ...]:
         """What stands in a checkpoint directory and was not committed: names relative to it."""
         listed = {entry.path for entry in files} | {MANIFEST_NAME}
-        folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
-        directory = self._inside(path)
+        folders = {parent for name in listed for parent in _parents(name)}
+        known = listed | folders
+        directory = str(self._inside(path))
         names: list[str] = []
         for root, below, here in os.walk(directory):
-            at = Path(root).relative_to(directory)
+            at = f"{root[len(directory) + 1 :]}/".lstrip("/")
             # A link to a directory is one of *below*, and is not walked into.
-            names += [name for one in (*here, *below) if (name := (at / one).as_posix()) not in listed | folders]
-            below[:] = [one for one in below if (at / one).as_posix() in folders]
+            names += [at + one for one in (*here, *below) if at + one not in known]
+            below[:] = [one for one in below if at + one in folders]
         return tuple(sorted(names))
+
+    def written(self, path: str) -> dict[str, int]:
+        """
+        How many bytes of each file below *path* have been written, by its path relative to it.
+
+        A writer reserves the space of a whole file first; that is not counted, where the file system can tell.
+        What goes meanwhile is left out.
+        """
+        found = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), reach.directory(self._inside(path)) as folder:
+            for root, below, names in os.walk(self._inside(path)):
+                at = Path(root).relative_to(self._inside(path))
+                below.sort()
+                for name in ((at / name).as_posix() for name in sorted(names)):
+                    with contextlib.suppress(OSError), reach.regular(folder, name) as descriptor:
+                        found[name] = _written(descriptor)
+        return found
+
+    def space(self) -> tuple[int, int]:
+        """Bytes of the file system: those that are free for anybody but root, and all."""
+        space = os.statvfs(self.path)
+        return space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]:
         """
@@ -413,6 +442,7 @@ class RunDirectory:
         *,
         digests: bool,
         progress: Callable[[int], None] | None = None,
+        from_disk: bool = False,
     ) -> tuple[str, ...]:
         """
         Compare the files of the directory *path* with what was recorded.
@@ -422,18 +452,26 @@ class RunDirectory:
             files: What is expected in it; sizes in bytes.
             digests: Read every byte, not only the sizes.
             progress: Called with the number of bytes just read.
+            from_disk: Read what the disk holds rather than what memory still has of it, as far as the kernel
+                lets go of that; and leave no more in memory for others to make room for.
 
         Returns:
             What differs, each starting with ``missing:``, ``unreadable:``, ``size:`` or ``digest:``; empty if intact.
         """
         try:
             with reach.directory(self._inside(path)) as folder:
-                return tuple(self._compare(folder, files, digests=digests, progress=progress))
+                return tuple(self._compare(folder, files, digests=digests, progress=progress, from_disk=from_disk))
         except (FileNotFoundError, NotADirectoryError):
             return tuple(f"missing: {entry.path} cannot be read: there is no directory {path}" for entry in files)
 
     def _compare(
-        self, folder: int, files: Sequence[FileEntry], *, digests: bool, progress: Callable[[int], None] | None
+        self,
+        folder: int,
+        files: Sequence[FileEntry],
+        *,
+        digests: bool,
+        progress: Callable[[int], None] | None,
+        from_disk: bool,
     ) -> list[str]:
         wrong = []
         for entry in files:
@@ -442,7 +480,7 @@ class RunDirectory:
                     size = os.fstat(descriptor).st_size
                     if size != entry.size:
                         wrong.append(f"size: {entry.path} has {size} bytes, {entry.size} were committed")
-                    elif digests and _digest_of(descriptor, size, progress) != entry.digest:
+                    elif digests and _digest_of(descriptor, size, progress, from_disk=from_disk) != entry.digest:
                         wrong.append(f"digest: {entry.path} has other bytes than were committed")
             except OSError as error:
                 word = "missing" if error.errno in _ABSENT else "unreadable"
@@ -747,6 +785,11 @@ class RunDirectory:
         return self.path / path
 
 
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
+
+
 def _resolved(path: Path) -> Path:
     """*path* with its links resolved, as far as it exists."""
     try:
@@ -809,12 +852,32 @@ def _taken_is_unsafe(path: Path) -> Iterator[None]:
         raise UnsafePath(f"{path} cannot be replaced: {error}", hint=hint, path=str(path), reason=str(error)) from error
 
 
-def _digest_of(descriptor: int, size: int, progress: Callable[[int], None] | None) -> str:
+def _written(descriptor: int) -> int:
+    """Bytes of a file that hold data: neither holes nor space that is only reserved."""
+    written = end = 0
+    # A file in more pieces is somebody else's.
+    for _ in range(_MOST_PIECES):
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after this
+                return written
+            raise
+        written += end - begin
+    return written
+
+
+def _digest_of(descriptor: int, size: int, progress: Callable[[int], None] | None, *, from_disk: bool) -> str:
     digest = Digest()
+    if from_disk:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     for block in _blocks(descriptor, size):
         digest.update(block)
         if progress is not None:
             progress(len(block))
+    if from_disk:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.text
 
 

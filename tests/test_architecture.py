@@ -20,7 +20,7 @@ import ckptmgr
 
 PACKAGE = Path(ckptmgr.__file__).parent
 LAYERS = [
-    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems", "pickles"},
+    {"errors", "options", "reach", "durable", "lifecycle", "manifest", "filesystems", "pickles", "pace"},
     {"retention", "recovery", "resume", "storage", "durability"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers", "requests", "foreign"},
@@ -57,6 +57,7 @@ DOORS = {
     "torch": {"writers/", "ranks.py", "manager.py"},
     "numpy": {"writers/archives.py", "writers/state.py"},
     "xxhash": {"manifest.py"},
+    "shtab": {"cli/completion.py"},
     "transformers": {"writers/modelnames.py", "writers/assets.py"},
     "matplotlib": {"cli/report/charts.py"},
     "prometheus_client": {"cli/metrics.py"},

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ckptmgr.journal import Journal, schema
+from ckptmgr.journal import Journal, declared
 from ckptmgr.lifecycle import CheckpointState, Format, RetirementMark
 from ckptmgr.manifest import FileEntry
 
@@ -96,7 +96,7 @@ def facts(journal: Journal) -> dict[str, Any]:
 
 def freeze(folder: Path) -> Path:
     """Write the journal of this schema into *folder*."""
-    target = folder / f"{schema.REVISION}.db"
+    target = folder / f"{declared.REVISION}.db"
     if target.exists():
         raise SystemExit(f"{target} exists: a released journal is never written again")
     with tempfile.TemporaryDirectory() as temporary:

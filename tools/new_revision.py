@@ -18,12 +18,12 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 
-from ckptmgr.journal import database, schema, upgrade
+from ckptmgr.journal import database, declared, schema, upgrade, writing
 
 
 def write_revision(message: str, scripts: Path) -> Path:
-    """Write the migration after ``schema.REVISION`` into the folder *scripts*, and say where."""
-    number = f"{int(schema.REVISION) + 1:04}"
+    """Write the migration after ``declared.REVISION`` into the folder *scripts*, and say where."""
+    number = f"{int(declared.REVISION) + 1:04}"
     config = Config()
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
     config.set_main_option("file_template", "%%(rev)s_%%(slug)s")
@@ -32,7 +32,7 @@ def write_revision(message: str, scripts: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         path = database.plain_path(Path(folder) / "empty.journal.db")
         upgrade.upgrade(path, create=True)
-        with database.create_journal_engine(path, "rw", foreign_keys=False).connect() as connection:
+        with writing.create_journal_engine(path, "rw", foreign_keys=False).connect() as connection:
             config.attributes["connection"] = connection
             script = command.revision(config, message=message, rev_id=number, autogenerate=True)
     if script is None or isinstance(script, list):

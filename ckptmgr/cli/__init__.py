@@ -3,10 +3,10 @@ The ``ckptmgr`` command: look at a run, ask whether it may be resumed, and put r
 
 It reads the journal and the run directory and imports neither torch nor the manager, so it starts
 fast and runs where no training can. Nothing is changed without ``--apply``, but for three commands that are
-the change itself: ``pin`` and ``unpin``, and ``upgrade``, which makes a backup first. Each command is one file
-here, loaded when it is asked for, with DESCRIPTION, EXAMPLES, ``configure(parser)`` and ``run(args, out)``, and
-with TARGET if it is not about a run; what it prints goes through `output`, its exit status comes from
-`exit_codes`. docs/reference/cli.md is held to these files by a test.
+the change itself: ``pin`` and ``unpin``, and ``upgrade``, which makes a backup first; and but for what ``verify``
+notes. Each command is one file here, loaded when it is asked for, with DESCRIPTION, EXAMPLES,
+``configure(parser)`` and ``run(args, out)``, and with TARGET if it is not about a run; what it prints goes
+through `output`, its exit status comes from `exit_codes`. docs/reference/cli.md is held to these files by a test.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ COMMANDS = {
     "latest": "print the path of the newest checkpoint that is safe to resume from",
     "check": "say whether the run may be resumed, from which path, and what speaks against it",
     "why": "say why a checkpoint is kept, dropped, failed or not resumable, and which command comes next",
+    "verify": "compare the bytes of committed checkpoints with what was committed, and remember when",
+    "watch": "show a run live: what is in flight, how far each rank is, the last commit and the last failure",
+    "stats": "say what checkpoints take and cost: space, growth, time, failures, and when the disk is full",
     "recover": "say what a crash left and what would be done about it; --apply does it",
     "prune": "say which checkpoints would go by these keep rules, and why the rest stays; --apply lets them go",
     "pin": "keep a checkpoint whatever the keep rules say",
@@ -39,10 +42,14 @@ COMMANDS = {
     "report": "write an HTML page about the run: what is safe, timeline, stalls, failures, space",
     "serve": "serve that page on this machine, renewed while the run goes on; also of a folder of runs",
     "metrics": "print how durable the run is as numbers, for Prometheus",
+    "completion": "print a script by which bash, zsh or fish completes commands, flags and paths",
     "doctor": "try on your own storage what a run relies on, and say what holds there",
 }
 #: What a command is about, and what that is, unless it says otherwise.
 TARGET = ("RUN", "a run directory, or its .journal.db file")
+
+#: Commands that are about nothing that has a journal.
+WITHOUT_JOURNAL = frozenset({"completion"})
 
 EPILOG = """\
 examples:
@@ -110,7 +117,8 @@ def build_parser(words: Collection[str] = tuple(COMMANDS)) -> Parser:
         metavar, about = getattr(module, "TARGET", TARGET)
         command.add_argument("run", metavar=metavar, help=about)
         module.configure(command)
-        command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
+        if name not in WITHOUT_JOURNAL:
+            command.add_argument("--journal", metavar="PATH", help="the journal, if it is not RUN.journal.db")
         command.add_argument("--json", action="store_true", help="print JSON, errors included")
     return parser
 
@@ -132,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Output(as_json="--json" in words)
     try:
         args = build_parser(words).parse_args(words)
-        out = Output(as_json=args.json, run=[args.run, *(("--journal", args.journal) if args.journal else ())])
+        out = Output(
+            as_json=args.json, run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())]
+        )
         return int(command_file(args.command).run(args, out))
     except SystemExit as end:
         out.finish()

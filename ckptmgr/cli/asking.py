@@ -108,9 +108,9 @@ def _ask(
     rundir: RunDirectory, out: Output, locked: RunLocked, asked: dict[str, Any], *, deadline: float, timeout_s: float
 ) -> Answer | None:
     """The answer of the manager that has the run; None if there is none that could be asked any more."""
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
 
-    with Journal.open_read_only(rundir.journal_path) as journal:
+    with Questions.open_read_only(rundir.journal_path) as journal:
         epoch = target.live_epoch(journal)
         if epoch is None:
             return None

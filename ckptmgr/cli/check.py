@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from ckptmgr import recovery, resume
 from ckptmgr.cli import describe, foreign, target
 from ckptmgr.cli.exit_codes import Exit
-from ckptmgr.cli.output import Output, Painted, size
+from ckptmgr.cli.output import Output, Painted, Progress
 from ckptmgr.errors import JournalError
 from ckptmgr.resume import ResumeReport, Verdict
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
     from ckptmgr.lifecycle import CheckpointRecord
     from ckptmgr.recovery import Found
     from ckptmgr.rundir import RunDirectory
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def judge(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     series: str,
     *,
@@ -167,7 +167,7 @@ def judge(
 
 
 def verify_digests(
-    journal: Journal,
+    journal: Questions,
     rundir: RunDirectory,
     live: Sequence[CheckpointRecord],
     found: Sequence[Found],
@@ -190,8 +190,7 @@ def verify_digests(
         *found*, with the mismatches of those checkpoints.
     """
     owner = {record.directory: record for record in live}
-    total = sum(record.bytes for record in live if record.id not in verified)
-    done = 0
+    progress = Progress(out, sum(record.bytes for record in live if record.id not in verified))
     looked = []
     for item in found:
         record = owner.get(item.path)
@@ -200,12 +199,12 @@ def verify_digests(
             continue
 
         def read(count: int, path: str = item.path) -> None:
-            nonlocal done
-            done += count
-            out.progress(lambda: f"verifying {path}: {size(done)} of {size(total)}")
+            progress.add(count, f"verifying {path}")
 
         if record.id not in verified:
-            verified[record.id] = rundir.verify(item.path, journal.files(record.id), digests=True, progress=read)
+            verified[record.id] = rundir.verify(
+                item.path, journal.files(record.id), digests=True, progress=read, from_disk=True
+            )
         looked.append(dataclasses.replace(item, mismatches=verified[record.id]))
     out.progress(None)
     return looked

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.cli.exit_codes import Exit
-from ckptmgr.cli.output import Painted, timestamp
+from ckptmgr.cli.output import Painted, age, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
 from ckptmgr.resume import Level, Verdict
 
@@ -73,7 +73,14 @@ def why(record: CheckpointRecord, decisions: Decisions, *, live_epoch: int | Non
     return ", ".join(kept_because(record, decisions))
 
 
-def document(record: CheckpointRecord, decisions: Decisions, run_directory: Path) -> dict[str, Any]:
+def trust(row: Verification, now: float) -> str:
+    """When its bytes were last compared with what was committed, and whether they were those."""
+    return f"verified {age(now - row.at)} ago" if row.ok else f"DAMAGED when verified {age(now - row.at)} ago"
+
+
+def document(
+    record: CheckpointRecord, decisions: Decisions, verified: Verification | None, run_directory: Path
+) -> dict[str, Any]:
     """The checkpoint object of the JSON contract. Only a checkpoint one may resume from has a ``path``."""
     return {
         "checkpoint_id": record.id,
@@ -97,6 +104,8 @@ def document(record: CheckpointRecord, decisions: Decisions, run_directory: Path
         "commit_s": record.commit_s,
         "pinned": record.pinned,
         "kept_because": kept_because(record, decisions),
+        "verified_at": timestamp(verified.at) if verified is not None else None,
+        "verified_ok": verified.ok if verified is not None else None,
         "reason": record.reason,
         "failures": [
             {

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 
 from ckptmgr import storage
+from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted
-from ckptmgr.errors import InvalidArgument
 from ckptmgr.filesystems import Level, file_system
-from ckptmgr.options import parse_size
 from ckptmgr.storage import Place, Role, StorageReport, Verdict
 
 DESCRIPTION = """\
@@ -30,29 +29,13 @@ _COLOURS = {Level.ERROR: "red", Level.WARNING: "yellow", Level.INFO: "dim", Leve
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--need", metavar="SIZE", type=size, help="free space that must be there, such as 200GB")
+    parser.add_argument("--need", metavar="SIZE", type=target.size, help="free space that must be there, such as 200GB")
     parser.add_argument(
-        "--timeout", metavar="S", type=seconds, help="seconds that one step may take until it counts as stuck (10)"
+        "--timeout",
+        metavar="S",
+        type=target.seconds,
+        help="seconds that one step may take until it counts as stuck (10)",
     )
-
-
-def size(text: str) -> int:
-    """The argparse type of a size in bytes."""
-    try:
-        return parse_size(text)
-    except InvalidArgument as error:
-        raise argparse.ArgumentTypeError(error.message) from error
-
-
-def seconds(text: str) -> float:
-    """The argparse type of a wait: above 0, and an hour at most."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from above 0 to 3600")
-    return number
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

@@ -30,6 +30,8 @@ _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 #: The last column of a table is wrapped to what is left of the terminal, but never narrower than this.
 _NARROWEST = 20
 _PROGRESS_EVERY_S = 0.1
+#: A rate is shown once it can be told.
+_PACE_AFTER_S = 1.0
 
 
 class Painted(NamedTuple):
@@ -62,6 +64,7 @@ class Output:
         self._colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._width = shutil.get_terminal_size().columns if terminal else None
         self._progress_shown_at: float | None = None
+        self._drawn = 0
 
     def document(self, body: Mapping[str, Any]) -> None:
         """Print one JSON object on one line: strict JSON in ASCII, not-a-number as null, hints ready to be pasted."""
@@ -121,6 +124,22 @@ class Output:
             self._write(sys.stderr, "\r\x1b[K" + clean(text())[:width])
             self._progress_shown_at = now
 
+    def redraw(self, lines: Sequence[Sequence[Span]]) -> None:
+        """
+        Print *lines*; on a terminal in place of those that were drawn before, cut to its width.
+
+        Elsewhere they come one after the other.
+        """
+        if self._width is None:
+            self._write(sys.stdout, "".join(self._render(line).rstrip() + "\n" for line in lines))
+            return
+        width = shutil.get_terminal_size().columns
+        text = f"\x1b[{self._drawn}A" if self._drawn else ""
+        # Line by line and not all at once, or the screen would flicker.
+        text += "".join(self._render(_cut(line, width)) + "\x1b[K\n" for line in lines) + "\x1b[J"
+        self._write(sys.stdout, text)
+        self._drawn = len(lines)
+
     def _strict(self, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(key): self.hint(item) if key == "hint" else self._strict(item) for key, item in value.items()}
@@ -158,6 +177,34 @@ class Output:
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
         self.reader_left = self.reader_left or stream is sys.stdout
+
+
+class Progress:
+    """
+    How far reading has come, with its rate and the time left, as `Output.progress` shows it.
+
+    Args:
+        out: Where.
+        total: Bytes in all.
+    """
+
+    def __init__(self, out: Output, total: int) -> None:
+        self._out = out
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+
+    def add(self, count: int, doing: str) -> None:
+        """*count* bytes more have been read; *doing* says of what."""
+        self._done += count
+        self._out.progress(lambda: f"{doing}: {size(self._done)} of {size(self._total)}{self._pace()}")
+
+    def _pace(self) -> str:
+        took = time.monotonic() - self._began
+        if took < _PACE_AFTER_S or not self._done:
+            return ""
+        rate = self._done / took
+        return f", {size(int(rate))}/s, {duration(max(0, self._total - self._done) / rate)} left"
 
 
 class Table:
@@ -211,6 +258,16 @@ def clean(text: str) -> str:
 
 #: Control, format (which hides or reverses text), surrogate, and line or paragraph separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _cut(line: Sequence[Span], width: int) -> list[Span]:
+    """*line* as far as *width* columns have room for it."""
+    cut: list[Span] = []
+    for span in line:
+        text = clean(_text(span))[:width]
+        width -= len(text)
+        cut.append(text if isinstance(span, str) else Painted(text, span.colour))
+    return cut
 
 
 def _text(cell: Span) -> str:

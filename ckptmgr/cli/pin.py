@@ -13,7 +13,7 @@ from ckptmgr.errors import CheckpointNotFound
 from ckptmgr.requests import Answer
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Journal, Questions
     from ckptmgr.lifecycle import CheckpointRecord
 
 DESCRIPTION = """\
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def pinnable(journal: Journal, series: str, step: int) -> CheckpointRecord:
+def pinnable(journal: Questions, series: str, step: int) -> CheckpointRecord:
     """
     The live checkpoint of a step.
 

@@ -20,7 +20,7 @@ from ckptmgr.requests import Answer
 from ckptmgr.retention import KeepAny, KeepBest, KeepEvery, KeepFor, KeepLast, KeepRule, RetentionPlan
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Journal, Questions
     from ckptmgr.lifecycle import CheckpointRecord
     from ckptmgr.rundir import RunDirectory
 
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def newest_safe(journal: Journal, rundir: RunDirectory, series: str) -> int | None:
+def newest_safe(journal: Questions, rundir: RunDirectory, series: str) -> int | None:
     """
     The newest checkpoint whose names and sizes are as committed, where that is not simply the newest.
 
@@ -171,7 +171,7 @@ def newest_safe(journal: Journal, rundir: RunDirectory, series: str) -> int | No
     return None if report.chosen is None or report.newest_is_safe else report.chosen.id
 
 
-def planned(journal: Journal, series: str, rule: KeepRule, safe: int | None) -> Outcome:
+def planned(journal: Questions, series: str, rule: KeepRule, safe: int | None) -> Outcome:
     """What *rule* would let go of *series* as it is now."""
     records, plan = _decide(journal, series, rule, safe)
     return Outcome(
@@ -182,7 +182,7 @@ def planned(journal: Journal, series: str, rule: KeepRule, safe: int | None) -> 
 
 
 def _decide(
-    journal: Journal, series: str, rule: KeepRule, safe: int | None
+    journal: Questions, series: str, rule: KeepRule, safe: int | None
 ) -> tuple[dict[int, CheckpointRecord], RetentionPlan]:
     live = sorted(journal.checkpoints(series=series, live_only=True), key=lambda record: record.commit_seq or 0)
     protected = {} if safe is None else {safe: requests.SAFE}

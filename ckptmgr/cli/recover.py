@@ -155,13 +155,13 @@ def judge_journal(rundir: RunDirectory) -> tuple[str, str]:
         InvalidArgument: It does not have to be: the journal can be read.
         JournalSchemaMismatch: It has another schema, which is no damage.
     """
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
 
     if not os.path.lexists(rundir.journal_path):
         return MISSING, "there is none"
     try:
         # All of it, or a damaged page that nobody asked for would pass for a healthy journal.
-        with Journal.open_read_only(rundir.journal_path, whole=True) as journal:
+        with Questions.open_read_only(rundir.journal_path, whole=True) as journal:
             epochs = journal.epochs()
             rows = journal.checkpoints()
     except JournalCorrupt as error:

@@ -15,7 +15,7 @@ from ckptmgr.errors import CheckpointNotFound
 from ckptmgr.lifecycle import CheckpointState
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions, Verification
     from ckptmgr.lifecycle import CheckpointRecord, TransitionRecord
     from ckptmgr.manifest import FileEntry
 
@@ -42,14 +42,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
         files = journal.files(record.id)
         history = journal.transitions(record.id)
         verifications = journal.verifications(record.id)
-        decisions = journal.decisions()
+        decisions = journal.decisions(live_only=True)
         others = [other for other in journal.of_step(record.series, record.step) if other.id != record.id]
         about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document(
             {
                 "run": about,
-                "checkpoint": describe.document(record, decisions, rundir.path),
+                "checkpoint": describe.document(record, decisions, last_of(verifications), rundir.path),
                 "ranks": by_rank(files),
                 "files": [
                     {"path": file.path, "bytes": file.size, "digest": file.digest, "rank": file.rank} for file in files
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             }
         )
         return Exit.OK
-    print_facts(out, record, decisions, rundir.path, files)
+    print_facts(out, record, decisions, rundir.path, files, verified=last_of(verifications))
     print_failures(out, record)
     print_history(out, history)
     if verifications:
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def find(journal: Journal, series: str, step: int) -> CheckpointRecord:
+def find(journal: Questions, series: str, step: int) -> CheckpointRecord:
     """
     The checkpoint of *step*: the live one, else its newest attempt.
 
@@ -109,6 +109,11 @@ def find(journal: Journal, series: str, step: int) -> CheckpointRecord:
         raise CheckpointNotFound(
             f"series {series!r} has no checkpoint of step {step}", hint=hint, series=series, step=step
         ) from error
+
+
+def last_of(verifications: Sequence[Verification]) -> Verification | None:
+    """The last time that its bytes were compared with what was committed."""
+    return next((row for row in reversed(verifications) if row.level == "digest"), None)
 
 
 def by_rank(files: Sequence[FileEntry]) -> list[dict[str, Any]]:
@@ -127,6 +132,8 @@ def print_facts(
     decisions: describe.Decisions,
     directory: Path,
     files: Sequence[FileEntry],
+    *,
+    verified: Verification | None,
 ) -> None:
     """Print the head: one fact a line, without those that do not apply."""
     now = time.time()
@@ -150,6 +157,7 @@ def print_facts(
         ("committed", when(record.committed_at)),
         ("durations", ", ".join(f"{name} {duration(took)}" for name, took in durations if took is not None)),
         ("kept", ", ".join(describe.kept_because(record, decisions))),
+        ("trust", describe.trust(verified, now) if verified is not None else ""),
         ("retired", f"{when(record.retire_started_at)}: {record.retire_reason}" if record.retire_started_at else ""),
         ("reason", record.reason or ""),
         ("metrics", ", ".join(f"{name} {value:g}" for name, value in record.metrics.items())),

@@ -11,15 +11,17 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
+from ckptmgr.options import parse_size
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Journal, Questions
     from ckptmgr.rundir import RunDirectory
 
 JOURNAL_SUFFIX = ".journal.db"
@@ -47,7 +49,7 @@ def locate(args: argparse.Namespace) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tuple[Journal, RunDirectory]]:
+def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tuple[Questions, RunDirectory]]:
     """
     The run's journal, opened read-only, and its directory.
 
@@ -61,11 +63,11 @@ def reading(args: argparse.Namespace, *, directory: bool = False) -> Iterator[tu
         JournalCorrupt: It is damaged.
         ForeignJournal: It belongs to another run directory.
     """
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
 
     rundir = locate(args)
     require_journal(rundir)
-    with Journal.open_read_only(rundir.journal_path) as journal:
+    with Questions.open_read_only(rundir.journal_path) as journal:
         judged = directory and rundir.path.is_dir()
         rundir.require_pair(journal.run_id, managed=judged and bool(journal.series()))
         yield journal, rundir
@@ -131,10 +133,10 @@ def _refuse_to_migrate(rundir: RunDirectory) -> None:
         JournalSchemaMismatch: It has another schema.
         JournalCorrupt: It is damaged.
     """
-    from ckptmgr.journal import Journal
+    from ckptmgr.journal import Questions
 
     try:
-        Journal.open_read_only(rundir.journal_path).close()
+        Questions.open_read_only(rundir.journal_path).close()
     except (JournalNotFound, JournalSchemaMismatch, JournalCorrupt):
         raise
     except JournalError:
@@ -166,7 +168,42 @@ def step(text: str) -> int:
     return int(text)
 
 
-def choose_series(journal: Journal, asked: str | None) -> str:
+def count(text: str) -> int:
+    """The argparse type of a number of things: a whole one from 1."""
+    number = step(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("give a number of at least 1")
+    return number
+
+
+def size(text: str) -> int:
+    """The argparse type of a size in bytes."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
+def seconds(text: str) -> float:
+    """The argparse type of a wait: above 0, and an hour at most."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from above 0 to 3600")
+    return number
+
+
+def period(text: str) -> float:
+    """The argparse type of a length of time in seconds: ``90s``, ``30min``, ``12h``, ``7d``, ``2w``."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|min|h|d|w)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length of time: give a number with s, min, h, d or w")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
+
+
+def choose_series(journal: Questions, asked: str | None) -> str:
     """
     The series a command about one series means: the one asked for, ``checkpoint``, or the only one.
 
@@ -187,7 +224,7 @@ def choose_series(journal: Journal, asked: str | None) -> str:
     return known[0]
 
 
-def require_series(journal: Journal, asked: str | None) -> None:
+def require_series(journal: Questions, asked: str | None) -> None:
     """
     Check a ``--series`` that filters.
 
@@ -199,7 +236,7 @@ def require_series(journal: Journal, asked: str | None) -> None:
         raise InvalidArgument(f"no series {asked!r} in this run; it has {', '.join(known) or 'none yet'}")
 
 
-def live_epoch(journal: Journal) -> int | None:
+def live_epoch(journal: Questions) -> int | None:
     """
     The newest epoch if its process may still be running, else None.
 

@@ -14,7 +14,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.resume import Finding, Level
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Decision, Journal, Pin
+    from ckptmgr.journal import Decision, Pin, Questions, Verification
     from ckptmgr.rundir import RunDirectory
 
 DESCRIPTION = """\
@@ -45,6 +45,7 @@ class Case:
     decision: Decision | None
     decided_by: CheckpointRecord | None
     pin: Pin | None
+    verified: Verification | None
     findings: tuple[Finding, ...]
     next: str
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return Exit.OK
 
 
-def look(journal: Journal, rundir: RunDirectory, record: CheckpointRecord) -> Case:
+def look(journal: Questions, rundir: RunDirectory, record: CheckpointRecord) -> Case:
     """Everything that journal and disk say about the fate of one attempt."""
     decision = journal.decision_on(record.id)
     if decision is not None and (decision.verdict == "keep") != record.is_live:
@@ -99,6 +100,7 @@ def look(journal: Journal, rundir: RunDirectory, record: CheckpointRecord) -> Ca
         decision=decision,
         decided_by=journal.checkpoint(decision.decided_by) if decision is not None else None,
         pin=journal.pin_of(record.series, record.step) if record.is_live else None,
+        verified=show.last_of(journal.verifications(record.id)),
         findings=findings,
         next=next_command(record, verdict, findings, newest=is_newest, live_epoch=live_epoch),
     )
@@ -163,7 +165,7 @@ def document(case: Case, rundir: RunDirectory) -> dict[str, Any]:
     decision, by = case.decision, case.decided_by
     decisions = {case.record.id: (decision.verdict, decision.reasons)} if decision is not None else {}
     return {
-        "checkpoint": describe.document(case.record, decisions, rundir.path),
+        "checkpoint": describe.document(case.record, decisions, case.verified, rundir.path),
         "verdict": case.verdict,
         "reasons": list(case.reasons),
         "newest": case.newest,

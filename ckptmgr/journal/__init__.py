@@ -10,18 +10,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptmgr.journal.questions import Decision, Pin, Verification
+    from ckptmgr.journal.questions import Decision, Pin, Questions, Verification
     from ckptmgr.journal.store import Journal
 
 #: The newest migration. Ids are four digits in one line, so a larger one is a newer one.
 REVISION = "0002"
 
-__all__ = ["REVISION", "Decision", "Journal", "Pin", "Verification"]
+__all__ = ["REVISION", "Decision", "Journal", "Pin", "Questions", "Verification"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Decision", "Journal", "Pin", "Verification"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptmgr.journal import questions, store
+    if name == "Journal":
+        from ckptmgr.journal import store
 
-    return getattr(store if name == "Journal" else questions, name)
+        return store.Journal
+    from ckptmgr.journal import questions
+
+    return getattr(questions, name)

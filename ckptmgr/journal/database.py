@@ -2,7 +2,7 @@
 Opening SQLite the one right way.
 
 Every connection to a journal, Alembic's included, comes from `connect`; every transaction runs in
-a `Database`. The rules (see docs/explanation/commit-order.md):
+a `Database`, or in one for `writing`. The rules (see docs/explanation/commit-order.md):
 
 - ``journal_mode=PERSIST``, ``synchronous=EXTRA``, ``mmap_size=0``, set and read back each time.
   PERSIST can still record a failure on a full disk; EXTRA also syncs the directory; WAL needs
@@ -31,19 +31,14 @@ import re
 import sqlite3
 import stat
 import threading
-import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
-
-from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from typing import Any, Literal
 
 from ckptmgr import reach
 from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound
-from ckptmgr.journal import schema, seal
+from ckptmgr.journal import declared, seal
 
 #: How long a connection waits for another one's lock, in milliseconds.
 BUSY_TIMEOUT_MS = 10_000
@@ -188,31 +183,6 @@ def connect(
     return connection
 
 
-def create_journal_engine(path: Path, mode: Mode, *, foreign_keys: bool = True) -> Engine:
-    """An engine whose every connection is `connect`'s, and whose transactions begin as its execution option says."""
-    engine = create_engine(
-        "sqlite://", creator=lambda: connect(path, mode, foreign_keys=foreign_keys), poolclass=NullPool
-    )
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))
-
-    @event.listens_for(engine, "handle_error")
-    def keep(context: ExceptionContext) -> None:
-        # An interrupt counts as a lost connection, and SQLAlchemy would make another one by itself: no seal follows it.
-        context.is_disconnect = False
-
-    return engine
-
-
-def driver(connection: Connection) -> sqlite3.Connection:
-    """The driver's own connection below SQLAlchemy's."""
-    below = connection.connection.driver_connection
-    assert isinstance(below, sqlite3.Connection)
-    return below
-
-
 def limit_steps(connection: sqlite3.Connection, path: Path | None) -> None:
     """
     Interrupt SQLite when it takes more steps from now on than the file *path* can be the reason of; None ends that.
@@ -236,7 +206,7 @@ def revision(connection: sqlite3.Connection, path: Path) -> str | None:
     """
     The schema revision of an open journal, in a transaction; None for one that is still empty.
 
-    With `schema.REVISION` it is made of exactly what we make.
+    With `declared.REVISION` it is made of exactly what we make.
 
     Raises:
         JournalCorrupt: A journal of no revision, of several, with something in it that we did not make, or
@@ -251,8 +221,8 @@ def revision(connection: sqlite3.Connection, path: Path) -> str | None:
             return None
         if len(objects) > _MOST_OBJECTS:
             raise damaged(path, "the schema has more in it than that of any journal")
-        if connection.execute("PRAGMA application_id").fetchone() != (schema.APPLICATION_ID,):
-            if schema.metadata.tables.keys() <= {name for _, name, *_ in objects}:
+        if connection.execute("PRAGMA application_id").fetchone() != (declared.APPLICATION_ID,):
+            if declared.COLUMNS.keys() <= {name for _, name, *_ in objects}:
                 raise damaged(path, "its header does not say that it is a journal")
             raise JournalError(f"{path} is a SQLite database, but no ckptmgr journal", hint="give the .journal.db file")
         _require_known([row for row in objects if row[1] in ("alembic_version", "seal")], path)
@@ -267,9 +237,9 @@ def revision(connection: sqlite3.Connection, path: Path) -> str | None:
             require_intact(connection, path, ["alembic_version"])
         elif is_sealed(found):
             raise damaged(path, "it has no seal")
-        if found <= schema.REVISION:
+        if found <= declared.REVISION:
             _require_known(objects, path)
-        if found == schema.REVISION:
+        if found == declared.REVISION:
             _require_ours(objects, path)
     finally:
         limit_steps(connection, None)
@@ -331,11 +301,11 @@ _Object = tuple[str, str, str, str | None]
 def _require_known(objects: list[_Object], path: Path) -> None:
     """Of this revision and those before: tables, their indexes, and triggers that we know; nothing that computes."""
     for kind, name, table, text in objects:
-        known = schema.plain_sql(text) if isinstance(text, str) else ""
+        known = declared.plain_sql(text) if isinstance(text, str) else ""
         fine = isinstance(text, str | None) and (
             (kind == "table" and known.startswith("CREATETABLE"))
             or (kind == "index" and (text is None or known.startswith(("CREATEINDEX", "CREATEUNIQUEINDEX"))))
-            or (kind == "trigger" and known == schema.objects().get(name))
+            or (kind == "trigger" and known == declared.objects().get(name))
         )
         if not fine:
             raise damaged(path, f"the schema has something that ckptmgr did not make, the {kind} {name} of {table}")
@@ -343,8 +313,8 @@ def _require_known(objects: list[_Object], path: Path) -> None:
 
 def _require_ours(objects: list[_Object], path: Path) -> None:
     """Of this revision: exactly what `schema` says."""
-    ours = schema.objects()
-    there = {name: schema.plain_sql(text) for _, name, _, text in objects if text is not None}
+    ours = declared.objects()
+    there = {name: declared.plain_sql(text) for _, name, _, text in objects if text is not None}
     # An index without SQL is one that SQLite makes for a constraint of the table.
     made = [name for _, name, _, text in objects if text is None]
     extra = [name for name in made if not name.startswith("sqlite_autoindex_")]
@@ -358,17 +328,11 @@ def _require_ours(objects: list[_Object], path: Path) -> None:
 
 @contextlib.contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Turn what SQLite and SQLAlchemy raise about *path* into ckptmgr's errors; the original is ``__cause__``."""
+    """Turn what SQLite raises about *path* into ckptmgr's errors; the original is ``__cause__``."""
     try:
         yield
     except sqlite3.Error as error:
-        raise _translate(error, path) from error
-    except DBAPIError as error:
-        if isinstance(error.orig, sqlite3.Error):
-            raise _translate(error.orig, path) from error
-        raise JournalError(f"{path}: {error}") from error
-    except SQLAlchemyError as error:
-        raise JournalError(f"{path}: {error}") from error
+        raise translate(error, path) from error
     except UnicodeDecodeError as error:
         # Where a name in the schema is damaged, the driver stumbles over SQLite's own message about it.
         raise damaged(path, f"text in it is no UTF-8: {error}") from error
@@ -380,7 +344,8 @@ def translated(path: Path) -> Iterator[None]:
 _DAMAGED = ("no such table", "no such column", "Could not decode", "string or blob too big", "unsafe use of")
 
 
-def _translate(error: sqlite3.Error, path: Path) -> JournalError:
+def translate(error: sqlite3.Error, path: Path) -> JournalError:
+    """The error of ours for one of SQLite's."""
     code = getattr(error, "sqlite_errorcode", None) or 0
     text = str(error)
     if code & 0xFF == sqlite3.SQLITE_INTERRUPT:
@@ -406,9 +371,28 @@ def _translate(error: sqlite3.Error, path: Path) -> JournalError:
     return JournalError(f"{path}: {text} ({getattr(error, 'sqlite_errorname', type(error).__name__)})")
 
 
+def look_through(path: Path, mode: Mode, *, every_page: bool = False, every_row: bool = False) -> str | None:
+    """
+    The schema revision of the journal *path*, which has been looked through; None if there is none yet.
+
+    Pages and rows of what decides, or *every_page* and *every_row*. A newer schema is not looked into.
+    """
+    if not path.exists():
+        return None
+    with translated(path), contextlib.closing(connect(path, mode)) as connection:
+        connection.execute("BEGIN")
+        found = revision(connection, path)
+        if found is not None and found <= declared.REVISION:
+            require_sound(connection, path, whole=every_page)
+            if is_sealed(found):
+                tables = seal.all_tables(connection) if every_row else seal.DECISIVE
+                require_intact(connection, path, tables)
+    return found
+
+
 class Database:
     """
-    One journal file, one connection, one transaction at a time.
+    One journal file, one connection, one transaction at a time; this one only reads.
 
     Threads may share it. A forked child may not: its first use raises JournalError and leaves the
     parent's connection alone. A fork waits for a running transaction to end, because a child that
@@ -416,94 +400,46 @@ class Database:
 
     Args:
         path: From `plain_path`.
-        read_only: Never write, never create.
     """
 
-    def __init__(self, path: Path, *, read_only: bool) -> None:
+    read_only = True
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.read_only = read_only
         self.lock = threading.RLock()
-        self._engine = create_journal_engine(path, "ro" if read_only else "rw")
-        self._connection: Connection | None = None
-        self._seal: seal.Seal | None = None
+        self._reader: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._closed = False
         _databases.add(self)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
         """One consistent view; holds off a writer's COMMIT, so fetch and leave."""
         with self.lock, translated(self.path):
-            connection = self._connect()
-            connection.execution_options(begin="BEGIN")
-            driver = connection.connection.dbapi_connection
-            assert isinstance(driver, sqlite3.Connection)
+            connection = self._below()
             try:
-                limit_steps(driver, self.path)
-                with connection.begin():
-                    yield connection
+                limit_steps(connection, self.path)
+                connection.execute("BEGIN").close()
+                yield connection
+                connection.execute("COMMIT").close()
             except BaseException as error:
-                if isinstance(error, SQLAlchemyError) or not isinstance(error, Exception):
+                if isinstance(error, sqlite3.Error) or not isinstance(error, Exception):
                     self._discard()
+                else:
+                    connection.rollback()
                 raise
             finally:
                 with contextlib.suppress(sqlite3.Error):
-                    limit_steps(driver, None)
+                    limit_steps(connection, None)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self) -> contextlib.AbstractContextManager[Any]:
         """
-        One durable transaction: when the block has been left without an error, it is on disk, synced.
+        No transaction of this one writes.
 
         Raises:
-            JournalError: It is not; nothing has changed, unless the message says that this is not known.
+            JournalError: Always.
         """
-        if self.read_only:
-            raise JournalError(f"{self.path} was opened for reading only")
-        with self.lock, translated(self.path):
-            connection = self._connect()
-            connection.execution_options(begin="BEGIN IMMEDIATE")
-            last_change = schema.run.c.last_change
-            mine = uuid.uuid4().hex
-            followed = self._seal
-            assert followed is not None
-            try:
-                transaction = connection.begin()
-                followed.begin()
-                before = connection.execute(select(last_change)).scalar_one_or_none()
-                yield connection
-                connection.execute(update(schema.run).values(last_change=mine))
-                followed.record()
-            except Exception as error:
-                try:
-                    connection.rollback()
-                except SQLAlchemyError:
-                    # What failed first is the news; closing the connection rolls back as well.
-                    error.add_note("the connection to the journal had to be closed to roll back")
-                    self._discard()
-                if lost := followed.lost(error):
-                    self._discard()
-                    raise lost from error
-                raise
-            except BaseException:
-                # An interrupt may have come anywhere, and the next transaction must not depend on where.
-                self._discard()
-                raise
-            try:
-                transaction.commit()
-            except Exception as error:
-                self._discard()
-                now = self._last_change_after(error)
-                if now != mine:
-                    outcome = (
-                        "nothing was changed"
-                        if now == before
-                        else "another process wrote since; look at the journal before trying again"
-                    )
-                    raise JournalError(f"{self.path} did not take a transaction, {outcome}: {error}") from error
-            except BaseException:
-                self._discard()
-                raise
+        raise JournalError(f"{self.path} was opened for reading only")
 
     def close(self) -> None:
         """Close the connection. Idempotent; in a forked child it only forgets it."""
@@ -512,7 +448,14 @@ class Database:
             if self._pid == os.getpid():
                 self._discard()
 
-    def _connect(self) -> Connection:
+    def _below(self) -> sqlite3.Connection:
+        """The driver's connection, opened where it is not yet."""
+        self._require_usable()
+        if self._reader is None:
+            self._reader = connect(self.path, "ro")
+        return self._reader
+
+    def _require_usable(self) -> None:
         if self._pid != os.getpid():
             raise JournalError(
                 f"{self.path} was opened by process {self._pid} and cannot be used by its forked child {os.getpid()}",
@@ -520,35 +463,18 @@ class Database:
             )
         if self._closed:
             raise JournalError(f"{self.path} is closed")
-        if self._connection is None:
-            self._connection = self._engine.connect()
-            try:
-                self._seal = None if self.read_only else seal.Seal(driver(self._connection))
-            except BaseException:
-                self._discard()
-                raise
-        return self._connection
 
     def _discard(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self._reader = self._reader, None
         if connection is not None:
-            # A connection that failed may fail to close as well; the next one does not depend on it.
-            with contextlib.suppress(SQLAlchemyError, sqlite3.Error):
-                # Closing alone would keep its locks as long as a traceback holds a statement of it.
-                driver(connection).rollback()
-            with contextlib.suppress(SQLAlchemyError, sqlite3.Error):
-                connection.close()
+            abandon(connection)
+            connection.close()
 
-    def _last_change_after(self, failure: Exception) -> str | None:
-        try:
-            with self.reading() as connection:
-                return str(connection.execute(select(schema.run.c.last_change)).scalar_one())
-        except JournalError as error:
-            raise JournalError(
-                f"{self.path} failed at a COMMIT ({failure}) and cannot be read now ({error.message});"
-                " whether the transaction counts is not known",
-                hint="open the journal again and look",
-            ) from failure
+
+def abandon(connection: sqlite3.Connection) -> None:
+    """Roll back: closing alone would keep its locks as long as a traceback holds a statement of it."""
+    with contextlib.suppress(sqlite3.Error):
+        connection.rollback()
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()

@@ -2,7 +2,8 @@
 What one may ask the journal. Reading never changes, creates or migrates anything.
 
 One public method is one transaction. Times are Unix seconds, sizes bytes, durations seconds,
-directories relative to the run directory.
+directories relative to the run directory. It is asked in SQL, by the driver: a command that only reads need
+not wait for SQLAlchemy, which takes longer to import than most answers.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, Table, and_, bindparam, func, select, text, tuple_
-
-from ckptmgr.errors import CheckpointNotFound, JournalCorrupt
-from ckptmgr.journal import database, schema, seal
-from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, transition, verification
+from ckptmgr.errors import CheckpointNotFound, JournalCorrupt, JournalNotFound, JournalSchemaMismatch
+from ckptmgr.journal import database, declared, seal
+from ckptmgr.journal.declared import IN_FLIGHT, LIVE
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, EpochRecord, Format, TransitionRecord
-from ckptmgr.manifest import MAX_NUMBER, FileEntry, is_digest, is_finite, is_plain_relative
+from ckptmgr.manifest import MAX_NUMBER, FileEntry, is_digest, is_finite, is_plain_relative, is_run_id
 
 T = TypeVar("T")
 COMMITTED = CheckpointState.COMMITTED
@@ -32,30 +32,35 @@ _FORMATS = {layout.value: layout for layout in Format}
 _SIZES = ("bytes", "size")
 _STAGING = re.compile(r"\.e[0-9]{1,18}\.a[0-9]{1,18}\.incomplete\Z")
 
-newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
-live = text(schema.LIVE)
-in_flight = text(schema.IN_FLIGHT)
-standing = text("state <> 'FAILED' AND retired_at IS NULL")
-attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
-    pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
+
+def _columns(table: str) -> str:
+    return ", ".join(f"{table}.{name}" for name in declared.COLUMNS[table])
+
+
+_NEWEST_EPOCH = "SELECT coalesce(max(epoch), 0) FROM epoch"
+_EPOCHS = f"SELECT {_columns('epoch')} FROM epoch ORDER BY epoch"  # noqa: S608
+_TRANSITIONS = (
+    f"SELECT {_columns('transition')}, checkpoint.series, checkpoint.step FROM transition"  # noqa: S608
+    " JOIN checkpoint ON checkpoint.id = transition.checkpoint_id WHERE transition.id > ?"
 )
-
-
+_VERIFICATIONS = f"SELECT {_columns('verification')} FROM verification"  # noqa: S608
+_STANDING = "state <> 'FAILED' AND retired_at IS NULL"
+ATTEMPTS = (
+    f"SELECT {_columns('checkpoint')}, pin.step IS NOT NULL AS has_pin FROM checkpoint"  # noqa: S608
+    " LEFT OUTER JOIN pin ON pin.series = checkpoint.series AND pin.step = checkpoint.step"
+)
 #: The plus keeps SQLite from walking all rows in this order, where a partial index holds the few that are asked for.
-_few_by_id = text("+checkpoint.id")
+_FEW_BY_ID = "+checkpoint.id"
 #: And here from reading all rows of a series, where those that are asked for are the last ones of an order.
-_of_series = text("+checkpoint.series = :series")
-_last_committed = (
-    attempts.where(_of_series, live, checkpoint.c.commit_seq.is_not(None))
-    .order_by(checkpoint.c.commit_seq.desc())
-    .limit(bindparam("count"))
+_LAST_COMMITTED = (
+    f"{ATTEMPTS} WHERE +checkpoint.series = ? AND {LIVE} AND commit_seq IS NOT NULL ORDER BY commit_seq DESC LIMIT ?"
 )
-_in_flight = attempts.where(checkpoint.c.series == bindparam("series"), in_flight)
-_failed_after = attempts.where(
-    _of_series, checkpoint.c.state == CheckpointState.FAILED.value, checkpoint.c.id > bindparam("last")
-)
+_IN_FLIGHT = f"{ATTEMPTS} WHERE checkpoint.series = ? AND {IN_FLIGHT}"
+_FAILED_AFTER = f"{ATTEMPTS} WHERE +checkpoint.series = ? AND state = 'FAILED' AND checkpoint.id > ?"
 #: Values in one query; SQLite takes a few hundred in all its versions.
 _AT_ONCE = 400
+
+Facts = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,42 @@ class Questions:
         self.read_only = opened.read_only
         self.run_id = run_id
 
+    @classmethod
+    def open_read_only(cls, path: Path, *, whole: bool = False) -> Self:
+        """
+        Open the journal for reading. Never creates, migrates, rolls back or writes anything.
+
+        What decides is looked through for damage (0.1 s for 10,000 checkpoints); the rest is when it is read,
+        unless the *whole* of it is to be looked through now.
+
+        Raises:
+            JournalNotFound: There is no journal, or nobody has finished creating it.
+            JournalSchemaMismatch: It has an older or a newer schema; the hint names the command.
+            JournalCorrupt: It is damaged, or has something in it that we did not make.
+            JournalError: It cannot be read, or holds an unfinished transaction of a process that died.
+        """
+        path = database.plain_path(path)
+        if not path.exists():
+            raise JournalNotFound(f"there is no journal at {path}", path=str(path))
+        found = database.look_through(path, "ro", every_page=whole, every_row=whole)
+        if found is None:
+            raise JournalNotFound(f"{path} is empty: no manager has finished creating it", path=str(path))
+        if found != declared.REVISION:
+            raise schema_mismatch(path, found)
+        return cls._opened(database.Database(path))
+
+    @classmethod
+    def _opened(cls, opened: database.Database) -> Self:
+        try:
+            with opened.reading() as connection:
+                row = connection.execute("SELECT run_id FROM run").fetchone()
+            if row is None or not is_run_id(row[0]):
+                raise JournalCorrupt(f"{opened.path} names no run", path=str(opened.path), reason="no run id")
+        except BaseException:
+            opened.close()
+            raise
+        return cls(opened, str(row[0]))
+
     def close(self) -> None:
         """Let go of the file. Idempotent."""
         self._database.close()
@@ -136,61 +177,73 @@ class Questions:
             JournalCorrupt: It is not.
         """
         with self._database.reading() as connection:
-            below = database.driver(connection)
             if checkpoints is None:
-                database.require_sound(below, self.path, whole=False)
-                database.require_intact(below, self.path, seal.DECISIVE)
+                database.require_sound(connection, self.path, whole=False)
+                database.require_intact(connection, self.path, seal.DECISIVE)
             else:
-                database.require_intact(below, self.path, ["checkpoint", "pin"], of=checkpoints)
+                database.require_intact(connection, self.path, ["checkpoint", "pin"], of=checkpoints)
 
     def current_epoch(self) -> int:
         """The newest epoch, the only one that may change anything; 0 before the first."""
         with self._database.reading() as connection:
-            return self._scalar(connection, newest_epoch)
+            (value,) = connection.execute(_NEWEST_EPOCH).fetchone()
+        return self._number(value)
 
     def epochs(self) -> list[EpochRecord]:
         """Every start of a manager or of a command that changes the run, oldest first."""
-        with self._database.reading() as connection:
-            rows = connection.execute(select(epoch).order_by(epoch.c.epoch)).all()
-        found = []
-        for row in rows:
-            facts = self._facts(epoch, row)
-            found.append(EpochRecord(**{**facts, "versions": self._mapping(facts["versions"], str)}))
-        return found
+        return [self._epoch(row) for row in self._asked(_EPOCHS)]
 
     def checkpoints(self, *, series: str | None = None, live_only: bool = False) -> list[CheckpointRecord]:
         """Every attempt in the order in which they began; *live_only*: those one may resume from."""
-        query = attempts.order_by(_few_by_id if live_only else checkpoint.c.id)
-        if series is not None:
-            query = query.where(checkpoint.c.series == series)
-        if live_only:
-            query = query.where(live)
-        return self._records(query)
+        conditions = [*(["checkpoint.series = ?"] if series is not None else []), *([LIVE] if live_only else [])]
+        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+        order = _FEW_BY_ID if live_only else "checkpoint.id"
+        return self._records(f"{ATTEMPTS}{where} ORDER BY {order}", *([series] if series is not None else []))
+
+    def present(self, series: str, count: int | None = None) -> list[CheckpointRecord]:
+        """
+        The attempts of *series* that are no history: not retired, and not FAILED before the newest commit.
+
+        Args:
+            series: Which series.
+            count: Only so many, those that began last.
+        """
+        query = (
+            f"{ATTEMPTS} WHERE checkpoint.series = ? AND retired_at IS NULL"
+            " AND (state <> 'FAILED' OR checkpoint.id > ?) ORDER BY checkpoint.id DESC LIMIT ?"
+        )
+        with self._database.reading() as connection:
+            newest = _rows(connection, _LAST_COMMITTED, series, 1)
+            rows = _rows(connection, query, series, newest[0]["id"] if newest else 0, -1 if count is None else count)
+        return [self._record(row) for row in reversed(rows)]
+
+    def count(self, series: str) -> int:
+        """How many attempts of *series* there have been."""
+        with self._database.reading() as connection:
+            (number,) = connection.execute("SELECT count(*) FROM checkpoint WHERE series = ?", (series,)).fetchone()
+        return self._number(number)
 
     def pinned(self, series: str) -> frozenset[int]:
         """The steps of *series* that are pinned, compared with the seal: what is not pinned may be let go."""
-        with self._database.reading() as connection:
-            steps = connection.execute(select(pin.c.step).where(pin.c.series == series)).scalars().all()
-            database.require_intact(database.driver(connection), self.path, ["pin"])
-        return frozenset(self._fact(pin, "step", step) for step in steps)
+        rows = self._asked("SELECT step FROM pin WHERE series = ?", series, sealed=("pin", None))
+        return frozenset(self._fact("pin", "step", row["step"]) for row in rows)
 
     def pin_of(self, series: str, step: int) -> Pin | None:
         """The pin of a step, if it is pinned."""
-        with self._database.reading() as connection:
-            row = connection.execute(select(pin).where(pin.c.series == series, pin.c.step == step)).first()
-            database.require_intact(database.driver(connection), self.path, ["pin"])
-        return None if row is None else Pin(**self._facts(pin, row))
+        query = f"SELECT {_columns('pin')} FROM pin WHERE series = ? AND step = ?"  # noqa: S608
+        rows = self._asked(query, series, step, sealed=("pin", None))
+        return Pin(**self._facts("pin", rows[0])) if rows else None
 
     def in_flight(self, series: str) -> CheckpointRecord | None:
         """The attempt of *series* that is in flight; there is at most one."""
-        with self._database.reading() as connection:
-            row = connection.execute(_in_flight, {"series": series}).first()
-        return None if row is None else self._record(row)
+        return next(iter(self._records(_IN_FLIGHT, series)), None)
 
     def standing(self, series: str | None = None) -> list[CheckpointRecord]:
         """Every attempt that is not gone: in flight, live, or retiring and not deleted yet."""
-        query = attempts.where(standing).order_by(checkpoint.c.id)
-        return self._records(query if series is None else query.where(checkpoint.c.series == series))
+        query = f"{ATTEMPTS} WHERE {_STANDING}"
+        if series is None:
+            return self._records(f"{query} ORDER BY checkpoint.id")
+        return self._records(f"{query} AND checkpoint.series = ? ORDER BY checkpoint.id", series)
 
     def newest(self, series: str, count: int) -> list[CheckpointRecord]:
         """
@@ -199,37 +252,44 @@ class Questions:
         All of one moment, in the order of their numbers, and without reading the history before them.
         """
         with self._database.reading() as connection:
-            rows = list(connection.execute(_last_committed, {"series": series, "count": count}))
-            last = rows[0].id if rows else 0
-            rows += connection.execute(_in_flight, {"series": series})
-            rows += connection.execute(_failed_after, {"series": series, "last": last})
-        return [self._record(row) for row in sorted(rows, key=lambda row: row.id)]
+            rows = _rows(connection, _LAST_COMMITTED, series, count)
+            last = rows[0]["id"] if rows else 0
+            rows += _rows(connection, _IN_FLIGHT, series)
+            rows += _rows(connection, _FAILED_AFTER, series, last)
+        return [self._record(row) for row in sorted(rows, key=lambda row: row["id"])]
+
+    def last_failed(self, series: str) -> CheckpointRecord | None:
+        """The attempt of *series* that began last of those that FAILED."""
+        return next(iter(self._records(f"{_FAILED_AFTER} ORDER BY checkpoint.id DESC LIMIT 1", series, 0)), None)
 
     def live_directories(self, series: str) -> frozenset[str]:
         """The directories of all live checkpoints of *series*; nothing else of them is read."""
-        query = select(checkpoint.c.directory).where(checkpoint.c.series == series, live)
+        query = f"SELECT directory FROM checkpoint WHERE series = ? AND {LIVE}"  # noqa: S608
         with self._database.reading() as connection:
-            return frozenset(connection.execute(query).scalars())
+            return frozenset(directory for (directory,) in connection.execute(query, (series,)))
 
     def of_step(self, series: str, step: int) -> list[CheckpointRecord]:
         """Every attempt to save *step*."""
-        query = attempts.where(checkpoint.c.series == series, checkpoint.c.step == step)
-        return self._records(query.order_by(checkpoint.c.id))
+        query = f"{ATTEMPTS} WHERE checkpoint.series = ? AND checkpoint.step = ? ORDER BY checkpoint.id"
+        return self._records(query, series, step)
 
     def traced(
         self, numbers: Iterable[int], staging_directories: Iterable[str], steps: Iterable[tuple[str, int]]
     ) -> list[CheckpointRecord]:
         """Every attempt with one of these *numbers* or *staging_directories*, or to save one of *steps* of a series."""
         found: dict[int, CheckpointRecord] = {}
-        for column, values in (
-            (checkpoint.c.id, numbers),
-            (checkpoint.c.staging_directory, staging_directories),
-            (tuple_(checkpoint.c.series, checkpoint.c.step), steps),
+        for column, one, values in (
+            ("checkpoint.id", "?", [(number,) for number in {*numbers}]),
+            ("staging_directory", "?", [(name,) for name in {*staging_directories}]),
+            ("(checkpoint.series, checkpoint.step)", "(?, ?)", [*{*steps}]),
         ):
-            ordered: list[Any] = sorted({*values})
+            ordered: list[tuple[Any, ...]] = sorted(values)
             for start in range(0, len(ordered), _AT_ONCE):
-                query = attempts.where(column.in_(ordered[start : start + _AT_ONCE]))
-                found |= {record.id: record for record in self._records(query)}
+                some = ordered[start : start + _AT_ONCE]
+                among = ", ".join([one] * len(some))
+                among = f"VALUES {among}" if one != "?" else among
+                query = f"{ATTEMPTS} WHERE {column} IN ({among})"
+                found |= {record.id: record for record in self._records(query, *(each for row in some for each in row))}
         return [found[id] for id in sorted(found)]
 
     def checkpoint(self, checkpoint_id: int) -> CheckpointRecord:
@@ -239,9 +299,10 @@ class Questions:
         Raises:
             CheckpointNotFound: There is no such attempt.
         """
-        with self._database.reading() as connection:
-            row = self._row(connection, checkpoint_id)
-        return self._record(row)
+        records = self._records(f"{ATTEMPTS} WHERE checkpoint.id = ?", checkpoint_id)
+        if not records:
+            raise self._no_attempt(checkpoint_id)
+        return records[0]
 
     def find(self, series: str, step: int) -> CheckpointRecord:
         """
@@ -251,25 +312,19 @@ class Questions:
             CheckpointNotFound: The step was never begun.
         """
         query = (
-            attempts.where(checkpoint.c.series == series, checkpoint.c.step == step)
-            .order_by(text(f"{schema.LIVE} DESC"), checkpoint.c.id.desc())
-            .limit(1)
+            f"{ATTEMPTS} WHERE checkpoint.series = ? AND checkpoint.step = ?"
+            f" ORDER BY {LIVE} DESC, checkpoint.id DESC LIMIT 1"
         )
-        with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
+        records = self._records(query, series, step)
+        if not records:
             raise not_found(series, step)
-        return self._record(row)
+        return records[0]
 
     def files(self, checkpoint_id: int) -> list[FileEntry]:
         """Every file of a gathered checkpoint, by path; an attempt that was never gathered has none."""
-        query = select(file.c.path, file.c.size, file.c.digest, file.c.rank).where(
-            file.c.checkpoint_id == checkpoint_id
-        )
-        with self._database.reading() as connection:
-            rows = connection.execute(query.order_by(file.c.path)).all()
-            database.require_intact(database.driver(connection), self.path, ["file"], of=[checkpoint_id])
-        found = [FileEntry(**self._facts(file, row)) for row in rows]
+        query = "SELECT path, size, digest, rank FROM file WHERE checkpoint_id = ? ORDER BY path"
+        rows = self._asked(query, checkpoint_id, sealed=("file", [checkpoint_id]))
+        found = [FileEntry(**self._facts("file", row)) for row in rows]
         for entry in found:
             if not is_plain_relative(entry.path) or not is_digest(entry.digest):
                 raise self._corrupt(f"no file can be {entry.path[:80]!r} with the digest {entry.digest[:80]!r}")
@@ -277,92 +332,96 @@ class Questions:
 
     def transitions(self, checkpoint_id: int | None = None, after_id: int = 0) -> list[TransitionRecord]:
         """The history, oldest first: of one attempt or of all, only what came after line *after_id*."""
-        query = (
-            select(transition, checkpoint.c.series, checkpoint.c.step)
-            .join(checkpoint, checkpoint.c.id == transition.c.checkpoint_id)
-            .where(transition.c.id > after_id)
-            .order_by(transition.c.id)
-        )
+        values = [after_id]
+        query = _TRANSITIONS
         if checkpoint_id is not None:
-            query = query.where(transition.c.checkpoint_id == checkpoint_id)
+            query += " AND transition.checkpoint_id = ?"
+            values.append(checkpoint_id)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-            of = [checkpoint_id] if checkpoint_id is not None else {row.checkpoint_id for row in rows}
+            rows = _rows(connection, f"{query} ORDER BY transition.id", *values)
+            of = [checkpoint_id] if checkpoint_id is not None else {row["checkpoint_id"] for row in rows}
             everything = checkpoint_id is None and not after_id
-            database.require_intact(
-                database.driver(connection), self.path, ["transition"], of=None if everything else of
-            )
+            database.require_intact(connection, self.path, ["transition"], of=None if everything else of)
         found = []
         for row in rows:
-            facts = self._facts(transition, row)
-            facts["source"] = None if row.source is None else self._word(_STATES, row.source)
-            facts["dest"] = self._word(_STATES, row.dest)
-            whose = {name: self._fact(checkpoint, name, getattr(row, name)) for name in ("series", "step")}
+            facts = self._facts("transition", row)
+            facts["source"] = None if row["source"] is None else self._word(_STATES, row["source"])
+            facts["dest"] = self._word(_STATES, row["dest"])
+            whose = {name: self._fact("checkpoint", name, row[name]) for name in ("series", "step")}
             found.append(TransitionRecord(**facts | whose))
         return found
 
     def series(self) -> list[str]:
         """The names of all series seen, in the order of their first use."""
-        query = select(checkpoint.c.series).group_by(checkpoint.c.series).order_by(func.min(checkpoint.c.id))
-        with self._database.reading() as connection:
-            names = list(connection.execute(query).scalars())
-        return [self._series_name(self._fact(checkpoint, "series", name)) for name in names]
+        rows = self._asked("SELECT series FROM checkpoint GROUP BY series ORDER BY min(id)")
+        return [self._series_name(self._fact("checkpoint", "series", row["series"])) for row in rows]
 
     def format_of(self, series: str) -> Format | None:
         """The format of a series, None before its first save."""
-        query = select(checkpoint.c.format).where(checkpoint.c.series == series).limit(1)
-        with self._database.reading() as connection:
-            word = connection.execute(query).scalar_one_or_none()
-        return None if word is None else self._word(_FORMATS, word)
+        rows = self._asked("SELECT format FROM checkpoint WHERE series = ? LIMIT 1", series)
+        return self._word(_FORMATS, rows[0]["format"]) if rows else None
 
-    def decisions(self) -> dict[int, tuple[str, tuple[str, ...]]]:
+    def decisions(self, *, live_only: bool = False) -> dict[int, tuple[str, tuple[str, ...]]]:
         """The last word of retention on each checkpoint it looked at: ("keep" or "drop", reasons)."""
-        table = retirement_decision.c
-        with self._database.reading() as connection:
-            rows = connection.execute(select(table.checkpoint_id, table.verdict, table.reasons)).all()
-        facts = [self._facts(retirement_decision, row) for row in rows]
-        return {each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in facts}
+        query = "SELECT checkpoint_id, verdict, reasons FROM retirement_decision"
+        of_live = f" JOIN checkpoint ON checkpoint.id = retirement_decision.checkpoint_id WHERE {LIVE}"
+        rows = self._asked(query + of_live * live_only)
+        return {
+            each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in map(self._decision, rows)
+        }
 
     def decision_on(self, checkpoint_id: int) -> Decision | None:
         """The last word of retention on one checkpoint, if it has looked at it."""
-        query = select(retirement_decision).where(retirement_decision.c.checkpoint_id == checkpoint_id)
-        with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
+        query = f"SELECT {_columns('retirement_decision')} FROM retirement_decision WHERE checkpoint_id = ?"  # noqa: S608
+        rows = self._asked(query, checkpoint_id)
+        if not rows:
             return None
-        facts = self._facts(retirement_decision, row)
+        facts = self._decision(rows[0])
         return Decision(**{**facts, "reasons": self._texts(facts["reasons"])})
 
     def verifications(self, checkpoint_id: int) -> list[Verification]:
         """Every comparison of a checkpoint's files with the journal, oldest first."""
-        table = verification.c
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                select(verification).where(table.checkpoint_id == checkpoint_id).order_by(table.id)
-            ).all()
-            database.require_intact(database.driver(connection), self.path, ["verification"], of=[checkpoint_id])
-        found = []
-        for row in rows:
-            facts = self._facts(verification, row)
-            texts = self._texts(facts["mismatches"])
-            found.append(Verification(**{**facts, "ok": bool(facts["ok"]), "mismatches": texts}))
-        return found
+        query = f"{_VERIFICATIONS} WHERE checkpoint_id = ? ORDER BY id"
+        rows = self._asked(query, checkpoint_id, sealed=("verification", [checkpoint_id]))
+        return [self._verification(row) for row in rows]
 
-    def _records(self, query: Select[Any]) -> list[CheckpointRecord]:
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [self._record(row) for row in rows]
+    def newest_verifications(self) -> dict[int, Verification]:
+        """Of each checkpoint whose bytes were compared with the journal: the last time."""
+        last = "SELECT max(id) FROM verification WHERE level = 'digest' GROUP BY checkpoint_id"
+        rows = self._asked(f"{_VERIFICATIONS} WHERE id IN ({last})", sealed=("verification", None))
+        return {found.checkpoint_id: found for found in map(self._verification, rows)}
 
-    def _row(self, connection: Connection, checkpoint_id: int) -> Row[Any]:
-        row = connection.execute(attempts.where(checkpoint.c.id == checkpoint_id)).first()
-        if row is None:
-            raise CheckpointNotFound(f"there is no checkpoint {checkpoint_id} in {self.path}", series="", step=None)
-        return row
+    def _asked(self, query: str, *values: Any, sealed: tuple[str, Sequence[int] | None] | None = None) -> list[Facts]:
+        """The rows of one query; with *sealed* that table, of all or some checkpoints, is compared with the seal."""
+        with self._database.reading() as connection:
+            rows = _rows(connection, query, *values)
+            if sealed is not None:
+                table, of = sealed
+                database.require_intact(connection, self.path, [table], of=of)
+        return rows
+
+    def _records(self, query: str, *values: Any) -> list[CheckpointRecord]:
+        return [self._record(row) for row in self._asked(query, *values)]
+
+    def _no_attempt(self, checkpoint_id: int) -> CheckpointNotFound:
+        return CheckpointNotFound(f"there is no checkpoint {checkpoint_id} in {self.path}", series="", step=None)
 
     # From rows to records. A CHECK holds for what is written here, not for what a file from elsewhere holds.
 
-    def _record(self, row: Row[Any]) -> CheckpointRecord:
-        facts = self._facts(checkpoint, row)
+    def _epoch(self, row: Facts) -> EpochRecord:
+        facts = self._facts("epoch", row)
+        return EpochRecord(**{**facts, "versions": self._mapping(facts["versions"], str)})
+
+    def _decision(self, row: Facts) -> Facts:
+        return self._facts("retirement_decision", row)
+
+    def _verification(self, row: Facts) -> Verification:
+        facts = self._facts("verification", row)
+        texts = self._texts(facts["mismatches"])
+        return Verification(**{**facts, "ok": bool(facts["ok"]), "mismatches": texts})
+
+    def _record(self, row: Facts) -> CheckpointRecord:
+        facts = self._facts("checkpoint", row)
         has_pin = facts.pop("has_pin")
         facts["pinned"] = bool(has_pin and facts["state"] == COMMITTED and facts["retire_started_at"] is None)
         facts["state"] = self._word(_STATES, facts["state"])
@@ -383,16 +442,13 @@ class Questions:
             raise self._corrupt(f"attempt {record.id} has the staging directory {record.staging_directory[:80]!r}")
         return record
 
-    def _facts(self, table: Table, row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+    def _facts(self, table: str, row: Facts) -> dict[str, Any]:
         """What a row says, every column of *table* of the type that it is to have."""
-        known = _columns(table)
-        return {
-            name: self._fact(table, name, value) if name in known else value
-            for name, value in zip(row._fields, row, strict=True)
-        }
+        known = declared.COLUMNS[table]
+        return {name: self._fact(table, name, value) if name in known else value for name, value in row.items()}
 
-    def _fact(self, table: Table, name: str, value: Any) -> Any:
-        kind, nullable = _columns(table)[name]
+    def _fact(self, table: str, name: str, value: Any) -> Any:
+        kind, nullable = declared.COLUMNS[table][name]
         if value is None:
             fine = nullable
         elif kind is float:
@@ -402,7 +458,7 @@ class Questions:
         else:
             fine = type(value) is str
         if not fine:
-            raise self._corrupt(f"{name} of a {table.name} is {str(value)[:80]!r}")
+            raise self._corrupt(f"{name} of a {table} is {str(value)[:80]!r}")
         return value
 
     def _series_name(self, name: str) -> str:
@@ -410,8 +466,7 @@ class Questions:
             raise self._corrupt(f"a series is named {name[:80]!r}")
         return name
 
-    def _scalar(self, connection: Connection, query: Select[Any]) -> int:
-        value = connection.execute(query).scalar_one()
+    def _number(self, value: Any) -> int:
         if type(value) is not int or not 0 <= value <= MAX_NUMBER:
             raise self._corrupt(f"a number is {str(value)[:80]!r}")
         return value
@@ -452,11 +507,25 @@ def _can_name_a_series(name: str) -> bool:
     return is_plain_relative(name) and "/" not in name and not name.startswith(".")
 
 
-@functools.cache
-def _columns(table: Table) -> Mapping[str, tuple[type, bool]]:
-    """Of each column the type of its values, and whether there may be none."""
-    return {column.name: (column.type.python_type, column.nullable is True) for column in table.columns}
+def _rows(connection: sqlite3.Connection, query: str, *values: Any) -> list[Facts]:
+    cursor = connection.execute(query, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 def not_found(series: str, step: int) -> CheckpointNotFound:
     return CheckpointNotFound(f"there is no checkpoint of step {step} in series {series}", series=series, step=step)
+
+
+def schema_mismatch(path: Path, found: str | None) -> JournalSchemaMismatch:
+    """The error for a journal of another schema, with the command that helps."""
+    older = found is not None and found < declared.REVISION
+    return JournalSchemaMismatch(
+        f"{path} has schema {found}, this version of ckptmgr reads {declared.REVISION}",
+        hint="run `ckptmgr upgrade RUN`"
+        if older
+        else "the journal was written by a newer ckptmgr: run `pip install -U ckptmgr`",
+        path=str(path),
+        found=found,
+        expected=declared.REVISION,
+    )

@@ -1,32 +1,17 @@
 """
 The tables of the journal, and the rules the database itself holds.
 
-This is the present; `migrations/` is how it came about, and a test compares the two. Every rule
+This is the present; `migrations/` is how it came about, `declared` says the same without SQLAlchemy, and tests
+compare the three. Every rule
 is named as the fact it keeps true, so that the message of a violated one explains itself.
 Times are Unix seconds, sizes bytes, durations seconds; lists and mappings are JSON text.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Mapping
-
 from sqlalchemy import REAL, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, Table, Text, text
-from sqlalchemy.dialects import sqlite
-from sqlalchemy.schema import CreateIndex, CreateTable
 
-from ckptmgr import journal
-
-#: The newest migration; it stands there because whoever asks for it alone need not wait for SQLAlchemy.
-REVISION = journal.REVISION
-
-#: "ckpt", in the header of the file: tells a journal from somebody else's SQLite database.
-APPLICATION_ID = 0x636B7074
-
-#: Conditions of the partial indexes; a query uses such an index only if it says the same words.
-IN_FLIGHT = "state IN ('PREWRITTEN', 'WRITING', 'GATHERED')"
-LIVE = "state = 'COMMITTED' AND retire_started_at IS NULL"
+from ckptmgr.journal.declared import IN_FLIGHT, LIVE
 
 metadata = MetaData(naming_convention={"fk": "fk_%(table_name)s_%(column_0_name)s"})
 
@@ -221,25 +206,3 @@ WHEN OLD.state || '>' || NEW.state NOT IN ('PREWRITTEN>WRITING', 'WRITING>GATHER
  'PREWRITTEN>FAILED', 'WRITING>FAILED', 'GATHERED>FAILED')
 BEGIN SELECT RAISE(ABORT, 'state_moves_legally: the state machine has no such transition'); END""",
 }
-
-#: Alembic's own table, as it makes it.
-_VERSIONS = """
-CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL,
- CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"""
-
-
-@functools.cache
-def objects() -> Mapping[str, str]:
-    """Everything that a journal of `REVISION` is made of: name → its SQL, as `plain_sql` has it."""
-    dialect = sqlite.dialect()
-    statements = {"alembic_version": _VERSIONS, **TRIGGERS}
-    for table in metadata.sorted_tables:
-        statements[table.name] = str(CreateTable(table).compile(dialect=dialect))
-        for index in table.indexes:
-            statements[str(index.name)] = str(CreateIndex(index).compile(dialect=dialect))
-    return {name: plain_sql(text) for name, text in statements.items()}
-
-
-def plain_sql(text: str) -> str:
-    """A statement without what SQLite, SQLAlchemy or Alembic may write one way or the other."""
-    return re.sub(r'[\s"]+', "", text)

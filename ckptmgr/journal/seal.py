@@ -20,7 +20,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ckptmgr.manifest import Digest
+from ckptmgr.manifest import digest_number
 
 #: Tables that are sealed by checkpoint, with the place of its number in a row, and its name.
 BY_CHECKPOINT = {"checkpoint": (0, "id")} | {
@@ -145,15 +145,21 @@ def all_tables(connection: sqlite3.Connection) -> list[str]:
 
 def _added_up(table: str, rows: Iterable[tuple[Any, ...]]) -> dict[Part, tuple[int, str]]:
     """How many rows of each part there are, and their sum as the seal has it."""
-    found: dict[Part, list[int]] = {} if table in BY_CHECKPOINT else {(table, _WHOLE): [0, 0]}
+    place = BY_CHECKPOINT[table][0] if table in BY_CHECKPOINT else None
+    found: dict[int, list[int]] = {} if place is not None else {_WHOLE: [0, 0]}
     for row in rows:
-        here = found.setdefault(_part(table, row), [0, 0])
+        of = _WHOLE if place is None else row[place]
+        here = found.get(of)
+        if here is None:
+            here = found[of] = [0, 0]
         here[0] += 1
         here[1] += _digest(table, row)
-    return {part: (number, _text(total)) for part, (number, total) in found.items()}
+    return {(table, of): (number, _text(total)) for of, (number, total) in found.items()}
 
 
 def _compare(recorded: dict[Part, tuple[int, str]], found: dict[Part, tuple[int, str]]) -> str | None:
+    if recorded == found:
+        return None
     for part in sorted(recorded.keys() | found.keys(), key=str):
         before, now = recorded.get(part, _NOTHING), found.get(part, _NOTHING)
         if before != now:
@@ -202,4 +208,4 @@ def _part(table: str, row: tuple[Any, ...]) -> Part:
 
 def _digest(table: str, row: tuple[Any, ...]) -> int:
     """A number for a row that no other has; JSON tells 1 from 1.0 and from "1". A BLOB would be damage anyway."""
-    return Digest(_as_text((table, *row)).encode()).number
+    return digest_number(_as_text((table, *row)).encode())

@@ -10,29 +10,26 @@ seconds, directories relative to the run directory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, select, text, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from ckptmgr.errors import (
     CheckpointNotFound,
     IllegalTransition,
     InvalidArgument,
-    JournalCorrupt,
     JournalError,
-    JournalNotFound,
     SaveInFlight,
     StaleWriter,
     StepAlreadySaved,
 )
-from ckptmgr.journal import database, schema, seal, upgrade
-from ckptmgr.journal.questions import Questions, in_flight, live, newest_epoch, not_found
+from ckptmgr.journal import database, declared, schema, upgrade, writing
+from ckptmgr.journal.questions import Questions, not_found
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, run, transition, verification
 from ckptmgr.lifecycle import (
     TRANSITIONS,
@@ -49,6 +46,12 @@ _LEGAL = {
     for row in TRANSITIONS
     for source in (row["source"] if isinstance(row["source"], list) else [row["source"]])
 }
+newest_epoch = select(func.coalesce(func.max(epoch.c.epoch), 0))
+live = text(declared.LIVE)
+in_flight = text(declared.IN_FLIGHT)
+_attempts = select(checkpoint, pin.c.step.is_not(None).label("has_pin")).outerjoin(
+    pin, and_(pin.c.series == checkpoint.c.series, pin.c.step == checkpoint.c.step)
+)
 _newest_id = select(func.coalesce(func.max(checkpoint.c.id), 0))
 _newest_commit_seq = select(func.coalesce(func.max(checkpoint.c.commit_seq), 0))
 
@@ -80,45 +83,9 @@ class Journal(Questions):
             JournalError: It is a link, no journal, or cannot be written.
         """
         path = database.plain_path(path)
-        if _revision(path, "rw", every_page=True) != schema.REVISION:
+        if database.look_through(path, "rw", every_page=True) != declared.REVISION:
             upgrade.upgrade(path, create=True, file_mode=file_mode)
-        return cls._opened(database.Database(path, read_only=False))
-
-    @classmethod
-    def open_read_only(cls, path: Path, *, whole: bool = False) -> Journal:
-        """
-        Open the journal for reading. Never creates, migrates, rolls back or writes anything.
-
-        What decides is looked through for damage (0.1 s for 10,000 checkpoints); the rest is when it is read,
-        unless the *whole* of it is to be looked through now.
-
-        Raises:
-            JournalNotFound: There is no journal, or nobody has finished creating it.
-            JournalSchemaMismatch: It has an older or a newer schema; the hint names the command.
-            JournalCorrupt: It is damaged, or has something in it that we did not make.
-            JournalError: It cannot be read, or holds an unfinished transaction of a process that died.
-        """
-        path = database.plain_path(path)
-        if not path.exists():
-            raise JournalNotFound(f"there is no journal at {path}", path=str(path))
-        found = _revision(path, "ro", every_page=whole, every_row=whole)
-        if found is None:
-            raise JournalNotFound(f"{path} is empty: no manager has finished creating it", path=str(path))
-        if found != schema.REVISION:
-            raise upgrade.schema_mismatch(path, found)
-        return cls._opened(database.Database(path, read_only=True))
-
-    @classmethod
-    def _opened(cls, opened: database.Database) -> Journal:
-        try:
-            with opened.reading() as connection:
-                run_id = connection.execute(select(run.c.run_id)).scalar_one_or_none()
-            if not is_run_id(run_id):
-                raise JournalCorrupt(f"{opened.path} names no run", path=str(opened.path), reason="no run id")
-        except BaseException:
-            opened.close()
-            raise
-        return cls(opened, str(run_id))
+        return cls._opened(writing.WritableDatabase(path))
 
     # The run and its epochs
 
@@ -265,7 +232,7 @@ class Journal(Questions):
                 note=note,
             )
             row = self._row(connection, attempt)
-        return self._record(row)
+        return self._record(row._asdict())
 
     def advance(
         self,
@@ -380,7 +347,7 @@ class Journal(Questions):
             _add_files(connection, checkpoint_id, files)
             _decide(connection, checkpoint_id, decisions, now)
             row = self._row(connection, checkpoint_id)
-        return self._record(row)
+        return self._record(row._asdict())
 
     def adopt(self, checkpoint_id: int, *, epoch: int) -> CheckpointRecord:
         """
@@ -400,7 +367,7 @@ class Journal(Questions):
             if taken.rowcount != 1:
                 raise self._stale(connection, checkpoint_id, epoch)
             row = self._row(connection, checkpoint_id)
-        return self._record(row)
+        return self._record(row._asdict())
 
     def mark_retiring(self, marks: Sequence[RetirementMark], *, epoch: int) -> None:
         """
@@ -508,7 +475,7 @@ class Journal(Questions):
             )
             _add_files(connection, number, manifest.files)
             row = self._row(connection, number)
-        return self._record(row)
+        return self._record(row._asdict())
 
     # Pins and verifications
 
@@ -569,6 +536,15 @@ class Journal(Questions):
 
     # Within a transaction
 
+    def _row(self, connection: Connection, checkpoint_id: int) -> Row[Any]:
+        row = connection.execute(_attempts.where(checkpoint.c.id == checkpoint_id)).first()
+        if row is None:
+            raise self._no_attempt(checkpoint_id)
+        return row
+
+    def _scalar(self, connection: Connection, query: Select[Any]) -> int:
+        return self._number(connection.execute(query).scalar_one())
+
     def _next(self, number: int) -> int:
         """The number after *number*, which still fits into the name of a directory."""
         if number >= MAX_NUMBER:
@@ -616,25 +592,6 @@ class Journal(Questions):
                 f"checkpoint {mark.checkpoint_id} (step {row.step} of {row.series}) cannot be retired: {why}",
                 hint="plan again from the journal as it is now",
             )
-
-
-def _revision(path: Path, mode: database.Mode, *, every_page: bool = False, every_row: bool = False) -> str | None:
-    """
-    The schema revision of the journal *path*, which has been looked through; None if there is none yet.
-
-    Pages and rows of what decides, or *every_page* and *every_row*. A newer schema is not looked into.
-    """
-    if not path.exists():
-        return None
-    with database.translated(path), contextlib.closing(database.connect(path, mode)) as connection:
-        connection.execute("BEGIN")
-        found = database.revision(connection, path)
-        if found is not None and found <= schema.REVISION:
-            database.require_sound(connection, path, whole=every_page)
-            if database.is_sealed(found):
-                tables = seal.all_tables(connection) if every_row else seal.DECISIVE
-                database.require_intact(connection, path, tables)
-    return found
 
 
 def _note_transition(

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr import durable
-from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
-from ckptmgr.journal import database, schema, seal
+from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound
+from ckptmgr.journal import database, declared, seal, writing
+from ckptmgr.journal.questions import schema_mismatch
 
 
 def script_location() -> str:
@@ -26,23 +27,9 @@ def script_location() -> str:
     return str(resources.files("ckptmgr.migrations"))
 
 
-def schema_mismatch(path: Path, found: str | None) -> JournalSchemaMismatch:
-    """The error for a journal of another schema, with the command that helps."""
-    older = found is not None and found < schema.REVISION
-    return JournalSchemaMismatch(
-        f"{path} has schema {found}, this version of ckptmgr reads {schema.REVISION}",
-        hint="run `ckptmgr upgrade RUN`"
-        if older
-        else "the journal was written by a newer ckptmgr: run `pip install -U ckptmgr`",
-        path=str(path),
-        found=found,
-        expected=schema.REVISION,
-    )
-
-
 def backup_path(path: Path) -> Path:
     """Where the journal *path* is copied to before it is upgraded: ``NAME.before-0002``."""
-    return path.with_name(f"{path.name}.before-{schema.REVISION}")
+    return path.with_name(f"{path.name}.before-{declared.REVISION}")
 
 
 def upgrade(path: Path, *, create: bool = False, file_mode: int | None = None) -> tuple[str | None, str]:
@@ -75,16 +62,16 @@ def upgrade(path: Path, *, create: bool = False, file_mode: int | None = None) -
             durable.sync_directory(path.parent)
         except OSError as error:
             raise JournalError(f"{path} cannot be created: {error}") from error
-    with database.translated(path):
-        engine = database.create_journal_engine(path, "rw", foreign_keys=False)
+    with writing.translated(path):
+        engine = writing.create_journal_engine(path, "rw", foreign_keys=False)
         with engine.begin() as connection:
             # A second connection, because the revision has to be read before Alembic is known to be needed.
             with contextlib.closing(database.connect(path, "ro")) as reader:
                 reader.execute("BEGIN")
                 found = database.revision(reader, path)
-                if found == schema.REVISION:
+                if found == declared.REVISION:
                     return found, found
-                if found is not None and found > schema.REVISION:
+                if found is not None and found > declared.REVISION:
                     raise schema_mismatch(path, found)
                 if found is not None:
                     database.require_sound(reader, path, whole=True)
@@ -94,7 +81,7 @@ def upgrade(path: Path, *, create: bool = False, file_mode: int | None = None) -
                     reader.execute("ROLLBACK")
                     _back_up(reader, path, backup_path(path))
             _run_migrations(path, connection)
-            seal.renew(database.driver(connection))
+            seal.renew(writing.driver(connection))
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
             if broken is not None:
                 raise JournalCorrupt(
@@ -102,7 +89,7 @@ def upgrade(path: Path, *, create: bool = False, file_mode: int | None = None) -
                     path=str(path),
                     reason="foreign_key_check",
                 )
-    return found, schema.REVISION
+    return found, declared.REVISION
 
 
 def _run_migrations(path: Path, connection: Any) -> None:
@@ -114,7 +101,7 @@ def _run_migrations(path: Path, connection: Any) -> None:
     config.set_main_option("script_location", script_location().replace("%", "%%"))
     config.attributes["connection"] = connection
     try:
-        command.upgrade(config, schema.REVISION)
+        command.upgrade(config, declared.REVISION)
     except CommandError as error:
         raise JournalError(f"{path} cannot be upgraded: {error}") from error
 

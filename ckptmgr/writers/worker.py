@@ -30,6 +30,7 @@ from pathlib import Path
 
 from ckptmgr import durable, reach
 from ckptmgr.manifest import Digest, FileEntry
+from ckptmgr.pace import Pace
 from ckptmgr.writers.jobs import Answer, ArenaJob, DigestJob, FileJob, WriteJob
 
 _PR_SET_PDEATHSIG = 1
@@ -136,23 +137,6 @@ def _write_file(path: Path, file: FileJob, memories: _Memories, mode: int | None
                 pace.wait(piece.length)
                 durable.write_at(descriptor, chunk, piece.file_offset)
     return digest.text
-
-
-class Pace:
-    """Lets bytes go no faster than *rate* per second, whichever thread writes them; 0: as fast as it goes."""
-
-    def __init__(self, rate: int) -> None:
-        self._rate = rate
-        self._next = time.monotonic()
-        self._lock = threading.Lock()
-
-    def wait(self, count: int) -> None:
-        """Until *count* bytes more may be written."""
-        if self._rate:
-            with self._lock:
-                self._next = max(self._next, time.monotonic()) + count / self._rate
-                mine = self._next
-            time.sleep(max(0.0, mine - time.monotonic()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

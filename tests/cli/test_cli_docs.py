@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_on_disk import Call, Run, S, start
+from run_on_disk import NO_PROCESS, Call, Run, S, start
 
 from ckptmgr import recovery, storage
 from ckptmgr.cli import COMMANDS, build_parser
@@ -302,6 +302,50 @@ def test_json_of_check_without_a_journal(tmp_path: Path, ckptmgr: Call) -> None:
     assert [document["exit_code"] for document in documents] == [0, 4, 3]
 
 
+def test_json_of_verify(full: Run, ckptmgr: Call) -> None:
+    full.journal.record_verification(4, level="digest", ok=True, mismatches=[])
+    full.save(3000, series="new")
+    full.rundir.acquire("train.py")
+    documents = [ckptmgr("verify", full.directory, "--json").json]
+    full.rundir.release()
+    (full.directory / "checkpoint/step-1500/model.bin").unlink()
+    documents.append(ckptmgr("verify", full.directory, "--json").json)
+
+    assert_documented("ckptmgr verify", documents)
+    assert documents[-1]["exit_code"] == 5
+
+
+def test_json_of_watch(full: Run, ckptmgr: Call) -> None:
+    full.save(10, series="hf", layout=Format.HUGGINGFACE)
+    full.save(20, series="new", until=S.WRITING, files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    with start("watch", full.directory, "--json") as child:
+        documents = [json.loads(child.stdout.readline())]
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+    full.save(30, series="like", files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    full.save(40, series="like", until=S.WRITING, files={"__0_0.distcp": b"x", "__1_0.distcp": b"y"})
+    full.save(50, series="who", until=S.FAILED, failures=[{"rank": 1, "host": "n", "cause": "c"}])
+    full.start(pid=NO_PROCESS)
+    documents.append(ckptmgr("watch", full.directory, "--json").json)
+
+    assert child.returncode == 130
+    assert_documented("ckptmgr watch", documents)
+
+
+def test_json_of_stats(full: Run, ckptmgr: Call) -> None:
+    full.save(100, series="once", until=S.FAILED)
+    documents = [ckptmgr("stats", full.directory, "--json").json]
+    for name in ("checkpoint", "once"):
+        full.save(9000, series=f"{name}-again")
+        full.save(9500, series=f"{name}-again")
+    (full.directory / "checkpoint").rename(full.directory.parent / "away")
+    documents.append(ckptmgr("stats", full.directory, "--json").json)
+    full.directory.rename(full.directory.parent / "gone")
+    documents.append(ckptmgr("stats", full.directory, "--json").json)
+
+    assert_documented("ckptmgr stats", documents)
+
+
 def test_json_of_recover(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
     documents = [ckptmgr("recover", full.directory, "--json").json]
     # A checkpoint that an overwrite set aside and then lost its own bytes; one that is given up; one that
@@ -376,6 +420,10 @@ def test_json_of_metrics(full: Run, ckptmgr: Call, tmp_path: Path) -> None:
     documents = [ckptmgr(*words).json, ckptmgr(*words, "-o", tmp_path / "alpha.prom").json]
 
     assert_documented("ckptmgr metrics", documents)
+
+
+def test_json_of_completion(ckptmgr: Call) -> None:
+    assert_documented("ckptmgr completion", [ckptmgr("completion", "bash", "--json").json])
 
 
 def test_json_of_doctor(ckptmgr: Call, tmp_path: Path) -> None:

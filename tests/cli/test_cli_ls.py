@@ -121,6 +121,19 @@ def test_series_filters_and_an_unknown_one_is_a_usage_error_that_names_them(run:
     assert "checkpoint, hf" in wrong.err
 
 
+def test_limit_shows_the_last_of_each_series_and_says_how_many_are_older(run: Run, ckptmgr: Call) -> None:
+    for step in (1, 2, 3):
+        run.save(step)
+        run.save(step, series="hf", layout=Format.HUGGINGFACE)
+    done = ckptmgr("ls", run.directory, "--limit", 2)
+
+    shown = [(row[0], row[1]) for row in rows(done.out)]
+    assert shown == [("checkpoint", "2"), ("checkpoint", "3"), ("hf", "2"), ("hf", "3")]
+    assert "2 older" in done.err
+    assert ckptmgr("ls", run.directory, "--limit", 2, "--all", "--json").json["hidden"] == 2
+    assert ckptmgr("ls", run.directory, "--limit", 0).code == 2
+
+
 def test_the_journal_file_names_the_same_run_as_its_directory(run: Run, ckptmgr: Call) -> None:
     run.save(500)
 

@@ -32,6 +32,9 @@ COMMAND_LINES = [
     ["log"],
     ["latest"],
     ["check", "--deep"],
+    ["verify"],
+    ["watch"],
+    ["stats"],
     ["recover"],
     ["recover", "--apply"],
     ["recover", "--rebuild"],
@@ -42,11 +45,12 @@ COMMAND_LINES = [
     ["pin", "500"],
     ["unpin", "500"],
     ["metrics"],
+    ["completion"],
     ["doctor", "--json"],
 ]
 #: They write a file or never end, so that they are tried in files of their own.
 ELSEWHERE = {"report", "serve"}
-ABOUT_A_RUN = [words for words in COMMAND_LINES if words[0] != "doctor"]
+ABOUT_A_RUN = [words for words in COMMAND_LINES if words[0] not in ("doctor", "completion")]
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
@@ -65,7 +69,7 @@ def test_no_command_imports_torch(run: Run, words: list[str]) -> None:
         check=True,
     )
 
-    expected = 2 if "--rebuild" in words else 0
+    expected = 2 if {"--rebuild", "completion"} & {*words} else 0
     assert child.stderr.splitlines()[-1] == f"{expected} []"
 
 
@@ -83,9 +87,18 @@ def test_a_command_loads_none_of_the_others(run: Run) -> None:
     run.save(100)
     loaded = loaded_by("latest", str(run.directory))
 
-    assert {"ckptmgr.cli.latest", "sqlalchemy"} <= loaded
+    assert {"ckptmgr.cli.latest", "sqlite3"} <= loaded
     others = {f"ckptmgr.cli.{name}" for name in COMMANDS} - {"ckptmgr.cli.latest", "ckptmgr.cli.check"}
     assert {"ckptmgr.storage", "ckptmgr.rebuild", *others}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("words", [["ls"], ["latest"], ["check"], ["show", "100"], ["log"], ["recover"]], ids=" ".join)
+def test_a_command_that_only_reads_waits_neither_for_sqlalchemy_nor_for_filelock(run: Run, words: list[str]) -> None:
+    run.save(100)
+    loaded = loaded_by(words[0], str(run.directory), *words[1:])
+
+    assert "sqlite3" in loaded
+    assert {"sqlalchemy", "alembic", "filelock", "asyncio", "transitions"}.isdisjoint(loaded)
 
 
 def loaded_by(*words: str) -> set[str]:
@@ -106,14 +119,15 @@ def test_every_command_has_help_with_examples(ckptmgr: Call, command: str) -> No
 
 def test_the_examples_in_help_parse(ckptmgr: Call) -> None:
     examples = [
-        re.search(r"ckptmgr ([^|)]+)", line).group(1).strip('" ').split()
+        re.search(r"ckptmgr ([^|)>]+)", line).group(1).strip('" ').split()
         for name in COMMANDS
         for line in command_file(name).EXAMPLES.splitlines()
     ]
 
     assert len(examples) > len(COMMANDS)
     for words in examples:
-        assert build_parser().parse_args(words).run.startswith("runs/alpha")
+        target = build_parser().parse_args(words).run
+        assert target.startswith("runs/alpha") or words[0] == "completion"
 
 
 def test_version_names_the_package_and_the_schema(ckptmgr: Call) -> None:
@@ -213,7 +227,7 @@ def test_without_a_journal_every_command_about_a_run_ends_with_10(
     assert [path.name for path in tmp_path.iterdir()] == ["alpha"]
 
 
-@pytest.mark.parametrize("words", COMMAND_LINES[:-1], ids=" ".join)
+@pytest.mark.parametrize("words", ABOUT_A_RUN, ids=" ".join)
 def test_a_journal_too_deep_for_sqlite_ends_with_2_and_the_way_out(
     ckptmgr: Call, tmp_path: Path, words: list[str]
 ) -> None:
@@ -403,6 +417,14 @@ def test_deep_shows_its_progress_on_a_terminal_alone(run: Run) -> None:
     assert "verifying" not in on_terminal("check", run.directory, "--deep", "--json")
 
 
+def test_what_takes_longer_shows_its_rate_and_the_time_left(run: Run) -> None:
+    run.save(500)
+
+    on_screen = on_terminal("verify", run.directory, "--max-bytes-per-second", "400B")
+
+    assert re.search(r"verifying checkpoint/step-500: \S+ k?B of 1\.1 kB, \S+ B/s, \S+ s left", on_screen)
+
+
 def test_control_characters_never_reach_a_stream(run: Run, ckptmgr: Call) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J\r\nrm -rf \u202e\x9b31m"
     first = run.save(500, metrics={evil: 1.0}, per_rank=[evil])
@@ -419,6 +441,8 @@ def test_control_characters_never_reach_a_stream(run: Run, ckptmgr: Call) -> Non
         ["show", "800"],
         ["log"],
         ["check"],
+        ["verify"],
+        ["stats"],
         ["recover"],
         ["latest"],
         ["ls", "--series", evil],

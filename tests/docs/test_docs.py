@@ -21,7 +21,7 @@ import ckptmgr
 from ckptmgr import errors, filesystems, manifest, options, rundir, storage
 from ckptmgr.cli import COMMANDS
 from ckptmgr.foreign import LAYOUTS, report
-from ckptmgr.journal import schema
+from ckptmgr.journal import declared, schema
 from ckptmgr.lifecycle import CheckpointState, Format
 from ckptmgr.resume import FINDINGS, Verdict
 from ckptmgr.writers import dcp, huggingface, mappings
@@ -279,8 +279,8 @@ def test_triggers_and_revision_of_the_journal_are_documented() -> None:
     text = read("docs/reference/journal-schema.md")
 
     assert [code(row[0]) for row in table(text, first="trigger")] == list(schema.TRIGGERS)
-    assert f"`{schema.REVISION}`" in text
-    assert f"`{schema.APPLICATION_ID:#x}`" in text
+    assert f"`{declared.REVISION}`" in text
+    assert f"`{declared.APPLICATION_ID:#x}`" in text
 
 
 def test_every_field_of_the_manifest_is_documented() -> None:

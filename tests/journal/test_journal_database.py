@@ -457,7 +457,7 @@ with Journal.open(path) as journal:
 def test_the_package_names_only_its_doors():
     import ckptmgr.journal
 
-    assert set(ckptmgr.journal.__all__) == {"REVISION", "Journal", "Verification"}
+    assert set(ckptmgr.journal.__all__) == {"REVISION", "Journal", "Questions", "Verification"}
     with pytest.raises(AttributeError):
         _ = ckptmgr.journal.Nothing
 
@@ -466,12 +466,12 @@ def test_reads_see_one_moment(steps):
     """A read that spans several statements must not mix two moments; the reader's transaction gives that."""
     steps.commit(1)
     with Journal.open_read_only(steps.journal.path) as reader, reader._database.reading() as view:
-        before = view.exec_driver_sql("SELECT count(*) FROM checkpoint").scalar_one()
+        before = view.execute("SELECT count(*) FROM checkpoint").fetchone()[0]
         # The writer can prepare, but not finish, while a reader looks: it waits for the reader at COMMIT.
         thread = threading.Thread(target=steps.begin, args=(2,))
         thread.start()
         time.sleep(0.2)
-        after = view.exec_driver_sql("SELECT count(*) FROM checkpoint").scalar_one()
+        after = view.execute("SELECT count(*) FROM checkpoint").fetchone()[0]
     thread.join(30)
 
     assert (before, after) == (1, 1)

@@ -17,7 +17,7 @@ import pytest
 from journal_steps import FILES, S, Steps, contents
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalSchemaMismatch
-from ckptmgr.journal import Journal, schema, seal, upgrade
+from ckptmgr.journal import Journal, declared, schema, seal, upgrade
 from ckptmgr.lifecycle import RetirementMark
 
 TABLES = sorted(set(schema.metadata.tables) - {"seal"})
@@ -207,7 +207,7 @@ def test_a_damaged_journal_is_not_upgraded(full, monkeypatch):
     with without_rules(full) as raw:
         raw.execute("UPDATE file SET size = 7 WHERE path = '__1_0.distcp'")
     before = full.read_bytes()
-    monkeypatch.setattr(schema, "REVISION", "0009")
+    monkeypatch.setattr(declared, "REVISION", "0009")
     with pytest.raises(JournalCorrupt, match="table file, checkpoint 1,"):
         upgrade.upgrade(full)
 

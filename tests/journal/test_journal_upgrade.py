@@ -21,10 +21,10 @@ from journal_steps import CRASHED, FILES, S, Steps, contents, in_child
 from sqlalchemy import create_engine
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
-from ckptmgr.journal import Journal, database, schema, seal, upgrade
+from ckptmgr.journal import Journal, database, declared, schema, seal, upgrade
 
 RELEASED = sorted((Path(__file__).parent / "released").glob("*.db"))
-NOW, NEXT = schema.REVISION, f"{int(schema.REVISION) + 1:04}"
+NOW, NEXT = declared.REVISION, f"{int(declared.REVISION) + 1:04}"
 ADD_COLUMN = "op.add_column('checkpoint', sa.Column('colour', sa.Text))"
 
 
@@ -57,7 +57,7 @@ def next_version(tmp_path, monkeypatch):
     def become(body: str = ADD_COLUMN) -> Path:
         write_next(scripts, body)
         monkeypatch.setattr(upgrade, "script_location", lambda: str(scripts))
-        monkeypatch.setattr(schema, "REVISION", NEXT)
+        monkeypatch.setattr(declared, "REVISION", NEXT)
         # The models of that version are not there to compare with.
         monkeypatch.setattr(database, "_require_ours", lambda *_: None)
         return scripts
@@ -99,8 +99,8 @@ def test_models_and_migrations_give_the_same_sql(fresh_journal, tmp_path):
 
 def test_a_journal_is_known_by_its_header(fresh_journal):
     with contextlib.closing(sqlite3.connect(fresh_journal)) as connection:
-        assert connection.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,)
-        assert schema.APPLICATION_ID.to_bytes(4, "big") == b"ckpt"
+        assert connection.execute("PRAGMA application_id").fetchone() == (declared.APPLICATION_ID,)
+        assert declared.APPLICATION_ID.to_bytes(4, "big") == b"ckpt"
 
 
 def test_revisions_form_one_line():
@@ -110,7 +110,7 @@ def test_revisions_form_one_line():
     line = [script.revision for script in scripts.walk_revisions()][::-1]
 
     assert line == [f"{n:04}" for n in range(1, len(line) + 1)]
-    assert scripts.get_heads() == [line[-1]] == [schema.REVISION]
+    assert scripts.get_heads() == [line[-1]] == [declared.REVISION]
     for script in scripts.walk_revisions():
         assert re.fullmatch(rf"{script.revision}_[a-z0-9_]+\.py", Path(script.path).name)
         with pytest.raises(NotImplementedError):
@@ -163,7 +163,7 @@ def test_an_older_journal_is_copied_and_then_upgraded(older, next_version, monke
     assert "colour" not in columns(backup)
     assert [path.name for path in older.parent.glob(f"*.before-{NEXT}*")] == [backup.name]
     # The copy is a journal that the version before can open again.
-    monkeypatch.setattr(schema, "REVISION", NOW)
+    monkeypatch.setattr(declared, "REVISION", NOW)
     with Journal.open_read_only(backup) as journal:
         assert [record.step for record in journal.checkpoints()] == [1, 2]
 
@@ -297,10 +297,10 @@ def test_concurrent_upgrades_agree(journal_is, journal_path, fresh_journal, tmp_
     script = """
 import sys, time, alembic.command
 from pathlib import Path
-from ckptmgr.journal import Journal, database, schema, upgrade
+from ckptmgr.journal import Journal, database, declared, upgrade
 database._require_ours = lambda *_: None
 path, scripts, go = map(Path, sys.argv[1:4])
-schema.REVISION, upgrade.script_location = sys.argv[4], lambda: str(scripts)
+declared.REVISION, upgrade.script_location = sys.argv[4], lambda: str(scripts)
 import ckptmgr.journal.store
 go.with_name(f"ready-{sys.argv[0]}-{id(path)}-{time.monotonic_ns()}").touch()
 while not go.exists():
@@ -346,11 +346,11 @@ def test_upgrade_from_each_release(released, journal_path):
         assert [[f.path, f.size, f.rank] for f in journal.files(facts["files_of"])] == facts["files"]
         assert journal.current_epoch() == facts["epoch"]
         assert Steps(journal).commit(10_000).is_live
-    assert objects(journal_path).keys() == objects(released).keys() or released.stem != schema.REVISION
+    assert objects(journal_path).keys() == objects(released).keys() or released.stem != declared.REVISION
 
 
 def test_the_current_schema_has_been_frozen():
     """Written by tools/freeze_journal.py when a schema is released, and never edited."""
     assert RELEASED
-    assert RELEASED[-1].stem == schema.REVISION
+    assert RELEASED[-1].stem == declared.REVISION
     assert [path.stem for path in RELEASED] == [f"{n:04}" for n in range(1, len(RELEASED) + 1)]

@@ -509,7 +509,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "commit-error-is-failure",
         "an error that COMMIT reports is taken for: not committed",
-        (Edit("journal/database.py", "                if now != mine:\n", "                if True:\n"),),
+        (Edit("journal/writing.py", "                if now != mine:\n", "                if True:\n"),),
         (
             _tests(
                 "failing COMMIT",
@@ -521,7 +521,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "commit-error-is-success",
         "an error that COMMIT reports is taken for: committed all the same",
-        (Edit("journal/database.py", "                if now != mine:\n", "                if False:\n"),),
+        (Edit("journal/writing.py", "                if now != mine:\n", "                if False:\n"),),
         (
             _tests(
                 "failing COMMIT",
@@ -892,8 +892,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "cli/check.py",
-                "journal.files(record.id), digests=True, progress=read)",
-                "journal.files(record.id), digests=False, progress=read)",
+                "journal.files(record.id), digests=True, progress=read, from_disk=True",
+                "journal.files(record.id), digests=False, progress=read, from_disk=True",
             ),
         ),
         (_tests("bit rot", "cli/test_cli_check.py", sign="assert"),),

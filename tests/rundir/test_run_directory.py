@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import UnixFileLock
 
-from ckptmgr import reach
+from ckptmgr import durable, reach
 from ckptmgr.errors import (
     CorruptCheckpoint,
     ForeignJournal,
@@ -400,6 +400,52 @@ def test_verifying_finds_every_kind_of_damage(rundir: RunDirectory, damage: Any,
     deep = rundir.verify(record.directory, files, digests=True)
     assert any(text.startswith(word) for text in deep), deep
     assert bool(shallow) is not deep_only, shallow
+
+
+def test_what_is_read_from_disk_is_not_what_memory_has_of_it_and_is_not_kept_there(rundir: RunDirectory) -> None:
+    record = _record(1)
+    files = _stage(rundir, record, {"a": b"x" * (8 << 20)})
+    path = rundir.absolute(record.staging_directory) / "a"
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+
+        def in_memory() -> bool:
+            try:
+                return os.preadv(descriptor, [bytearray(4096)], 4 << 20, os.RWF_NOWAIT) > 0
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                pytest.skip(f"this file system does not say what it has in memory: {error}")
+
+        assert rundir.verify(record.staging_directory, files, digests=True) == ()
+        if not in_memory():
+            pytest.skip("what was just read is not in memory")
+        rundir.verify(record.staging_directory, files, digests=True, from_disk=True)
+        kept = in_memory()
+        assert rundir.verify(record.staging_directory, files, digests=True) == ()
+        if not in_memory():
+            pytest.skip("what was just read is not in memory")
+    finally:
+        os.close(descriptor)
+
+    assert not kept
+
+
+def test_what_is_written_leaves_out_what_is_only_reserved_links_and_what_is_gone(rundir: RunDirectory) -> None:
+    staging = rundir.create_staging(_record(1))
+    (staging / "sub").mkdir()
+    (staging / "sub" / "whole").write_bytes(b"x" * 5000)
+    (staging / "link").symlink_to("sub/whole")
+    with durable.new_file(staging / "begun", mode=None) as descriptor:
+        reserved = durable.set_size(descriptor, 8 << 20)
+        durable.write_at(descriptor, memoryview(b"y" * (1 << 20)), 4 << 20)
+        found = rundir.written(_record(1).staging_directory)
+
+    assert found["sub/whole"] in (5000, 8192)
+    assert found["begun"] == 1 << 20 or not reserved
+    assert found.keys() == {"sub/whole", "begun"}
+    assert rundir.written("checkpoint/.step-9.e1.a9.incomplete") == {}
 
 
 def test_verifying_tells_how_many_bytes_it_has_read(rundir: RunDirectory) -> None:

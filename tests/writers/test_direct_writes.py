@@ -17,6 +17,7 @@ import pytest
 
 from ckptmgr import durable
 from ckptmgr.manifest import Digest
+from ckptmgr.pace import Pace
 from ckptmgr.writers import worker
 from ckptmgr.writers.jobs import FileJob, Segment
 
@@ -56,7 +57,7 @@ def write(path: Path, memory: memoryview, *segments: Segment) -> None:
     """Write a file that these segments make up, and compare."""
     size = sum(segment.length for segment in segments)
     file = FileJob(path.name, size, own=True, segments=segments)
-    digest = worker._write_file(path, file, {None: memory, LENDER: memory}, None, worker.Pace(0))
+    digest = worker._write_file(path, file, {None: memory, LENDER: memory}, None, Pace(0))
     expected = b"".join(memory[one.arena_offset : one.arena_offset + one.length] for one in segments)
     assert path.read_bytes() == expected
     assert digest == Digest(expected).text
@@ -99,7 +100,7 @@ def test_parts_of_shared_files_stay_in_the_page_cache_from_which_their_digest_is
         FileJob("f", 4 * MIB, own=False, segments=(Segment(0, 0, 4 * MIB),)),
         {None: memory},
         None,
-        worker.Pace(0),
+        Pace(0),
     )
 
     assert (tmp_path / "f").read_bytes() == memory[: 4 * MIB]
@@ -177,7 +178,7 @@ def test_borrowed_bytes_go_past_the_page_cache_wherever_they_lie(
 def test_bytes_of_an_arena_that_is_not_there_fail_the_file(tmp_path: Path, memory: memoryview) -> None:
     file = FileJob("f", 64, own=True, segments=(Segment(0, 0, 64, arena=LENDER),))
     with pytest.raises(ValueError, match="arena of 0 bytes"):
-        worker._write_file(tmp_path / "f", file, {None: memory}, None, worker.Pace(0))
+        worker._write_file(tmp_path / "f", file, {None: memory}, None, Pace(0))
 
 
 def test_a_file_system_that_has_only_its_page_cache_is_written_through_it(
@@ -224,7 +225,7 @@ def test_an_error_fails_the_file_and_leaves_no_thread_writing(
 def test_both_threads_together_keep_to_the_rate(tmp_path: Path, memory: memoryview) -> None:
     file = FileJob("f", 33 * MIB, own=True, segments=(Segment(0, 0, 33 * MIB),))
     began = time.monotonic()
-    worker._write_file(tmp_path / "f", file, {None: memory}, None, worker.Pace(66 * MIB))
+    worker._write_file(tmp_path / "f", file, {None: memory}, None, Pace(66 * MIB))
     assert time.monotonic() - began >= 0.5
     assert (tmp_path / "f").read_bytes() == memory[: 33 * MIB]
 

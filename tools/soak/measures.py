@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckptmgr.journal import database, questions
+from ckptmgr.journal import database, questions, writing
 from ckptmgr.rundir import META_NAME, RunDirectory
 from soak.judge import Tolerance
 
@@ -194,8 +194,8 @@ class Costs:
         database.connect = counting
         database.limit_steps = lambda *_: None  # it would take the place of the counter, of which there is one
         questions.Questions._record = recording  # type: ignore[method-assign]
-        for name in ("reading", "writing"):
-            setattr(database.Database, name, self._timed(getattr(database.Database, name)))
+        database.Database.reading = self._timed(database.Database.reading)  # type: ignore[method-assign]
+        writing.WritableDatabase.writing = self._timed(writing.WritableDatabase.writing)  # type: ignore[method-assign]
         handler = logging.Handler()
         handler.emit = self._log  # type: ignore[method-assign]
         logging.getLogger("ckptmgr").addHandler(handler)

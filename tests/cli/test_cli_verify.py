@@ -1,0 +1,329 @@
+"""``ckptmgr verify``: what is read, in which order, what differs, and what the journal remembers of it."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+import signal
+
+import pytest
+from run_on_disk import Call, Run, S, start
+
+from ckptmgr import pace
+from ckptmgr.cli.verify import COMMAND, DAMAGED, GONE, INTACT, compare
+from ckptmgr.lifecycle import Format, RetirementMark
+from ckptmgr.rundir import RunDirectory
+
+
+def flip(run: Run, path: str) -> None:
+    """Change one byte of a file, which keeps its size."""
+    file = run.directory / path
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def results(document: dict) -> dict[tuple[str, int], str]:
+    return {(one["series"], one["step"]): one["result"] for one in document["checkpoints"]}
+
+
+def test_what_is_intact_is_recorded_and_shown_as_trust_with_its_age(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    done = ckptmgr("verify", run.directory)
+
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[1].split() == ["intact", "checkpoint", "500", "1.1", "kB", "never", "-"]
+    assert done.out.splitlines()[-1].startswith("no damage in 1 checkpoints, 1.1 kB read in ")
+    (row,) = run.journal.verifications(record.id)
+    assert (row.level, row.ok, row.mismatches) == ("digest", True, ())
+    assert "verified 0 s ago" in ckptmgr("ls", run.directory).out
+    assert "trust       verified 0 s ago" in ckptmgr("show", run.directory, 500).out
+    (listed,) = ckptmgr("ls", run.directory, "--json").json["checkpoints"]
+    assert listed["verified_ok"] is True
+
+
+def test_sizes_that_were_compared_are_no_trust_in_bytes(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    run.journal.record_verification(record.id, level="size", ok=True, mismatches=[])
+
+    assert "verified" not in ckptmgr("ls", run.directory).out
+    assert "trust" not in ckptmgr("show", run.directory, 500).out
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: flip(run, "checkpoint/step-500/model.bin"), "digest: model.bin has other bytes"),
+        (lambda run: (run.directory / "checkpoint/step-500/model.bin").unlink(), "missing: model.bin"),
+        (lambda run: (run.directory / "checkpoint/step-500/model.bin").write_bytes(b"x"), "size: model.bin has 1"),
+        (lambda run: (run.directory / "checkpoint/step-500/ckptmgr.json").unlink(), "manifest: ckptmgr.json cannot"),
+        (lambda run: (run.directory / "checkpoint/step-500/ckptmgr.json").write_text("{"), "manifest: "),
+        (lambda run: flip(run, "checkpoint/step-500/ckptmgr.json"), "manifest: "),
+        (lambda run: shutil.rmtree(run.directory / "checkpoint/step-500"), "missing: optim/rank-0.bin"),
+    ],
+    ids=["bytes", "file", "size", "no-manifest", "torn-manifest", "manifest", "directory"],
+)
+def test_damage_ends_with_5_is_named_and_remembered(run: Run, ckptmgr: Call, damage, said: str) -> None:
+    record = run.save(500)
+    run.save(1000)
+    damage(run)
+
+    done = ckptmgr("verify", run.directory)
+
+    assert done.code == 5
+    assert said in done.out
+    assert "1 of 2 checkpoints are damaged" in done.out
+    assert "check" in done.err
+    assert [row.ok for row in run.journal.verifications(record.id)] == [False]
+    assert "DAMAGED when verified 0 s ago" in ckptmgr("ls", run.directory).out
+    document = ckptmgr("verify", run.directory, "--json").json
+    assert document["exit_code"] == 5
+    assert results(document) == {("checkpoint", 500): DAMAGED, ("checkpoint", 1000): INTACT}
+    (bad,) = [one for one in document["checkpoints"] if one["result"] == DAMAGED]
+    assert said in "; ".join(bad["mismatches"])
+    assert bad["verified_before_ok"] is False
+
+
+def test_every_mismatch_has_a_line(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    for name in ("model.bin", "optim/rank-0.bin"):
+        flip(run, f"checkpoint/step-500/{name}")
+
+    lines = [line for line in ckptmgr("verify", run.directory).out.splitlines() if line.startswith("damaged")]
+
+    assert ["model.bin" in line for line in lines] == [True, False]
+    assert ["rank-0.bin" in line for line in lines] == [False, True]
+
+
+def test_subsets_cover_everything_in_the_end_and_nothing_twice_before(run: Run, ckptmgr: Call) -> None:
+    rows = [run.save(step) for step in range(10)]
+    seen: list[int] = []
+    for _ in range(20):
+        document = ckptmgr("verify", run.directory, "--subset", "10%", "--json").json
+        assert document["left_out"] == 9
+        seen += [one["step"] for one in document["checkpoints"]]
+
+    assert sorted(seen[:10]) == list(range(10))
+    # Then again, those first that were verified first.
+    assert seen[10:] == seen[:10]
+    assert len({len(run.journal.verifications(row.id)) for row in rows}) == 1
+
+
+def test_those_that_were_never_verified_come_in_no_fixed_order(run: Run, ckptmgr: Call) -> None:
+    for step in range(8):
+        run.save(step)
+    run.rundir.acquire("train.py")  # so that nothing is recorded
+    first = collections.Counter(
+        ckptmgr("verify", run.directory, "--subset", "1B", "--json").json["checkpoints"][0]["step"] for _ in range(30)
+    )
+
+    assert len(first) > 1
+
+
+@pytest.mark.parametrize(("part", "read"), [("1B", 1), ("1051B", 2), ("25%", 1), ("26%", 2), ("100%", 4)])
+def test_a_subset_is_whole_checkpoints_until_the_part_is_reached(run: Run, ckptmgr: Call, part: str, read: int) -> None:
+    for step in range(4):
+        run.save(step)
+
+    assert len(ckptmgr("verify", run.directory, "--subset", part, "--json").json["checkpoints"]) == read
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--subset", "0%"],
+        ["--subset", "101%"],
+        ["--subset", "x%"],
+        ["--subset", "x"],
+        ["--older-than", "7"],
+        ["--max-bytes-per-second", "0"],
+        ["--newest", "--step", "1"],
+        ["--series", "nope"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_asked_ends_with_2(run: Run, ckptmgr: Call, words: list[str]) -> None:
+    run.save(500)
+
+    assert ckptmgr("verify", run.directory, *words).code == 2
+
+
+def test_newest_is_the_last_commit_of_each_series(run: Run, ckptmgr: Call) -> None:
+    run.save(1000)
+    run.save(500)
+    run.save(700, series="hf", layout=Format.HUGGINGFACE)
+
+    document = ckptmgr("verify", run.directory, "--newest", "--json").json
+
+    assert set(results(document)) == {("checkpoint", 500), ("hf", 700)}
+    assert set(results(ckptmgr("verify", run.directory, "--newest", "--series", "hf", "--json").json)) == {("hf", 700)}
+    again = ckptmgr("verify", run.directory, "--newest", "--older-than", "1h", "--json").json
+    assert (again["checkpoints"], again["fresh"]) == ([], 2)
+
+
+def test_step_asks_for_one_and_an_unknown_one_ends_with_3(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(1000)
+    run.save(1500, until=S.WRITING)
+
+    assert set(results(ckptmgr("verify", run.directory, "--step", 500, "--json").json)) == {("checkpoint", 500)}
+    for step in (1500, 7):
+        assert ckptmgr("verify", run.directory, "--step", step).code == 3
+
+
+def test_older_than_leaves_out_what_is_fresh_and_intact_alone(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(1000)
+    flip(run, "checkpoint/step-500/model.bin")
+    assert ckptmgr("verify", run.directory).code == 5
+    run.save(1500)
+
+    document = ckptmgr("verify", run.directory, "--older-than", "7d", "--json").json
+
+    assert results(document) == {("checkpoint", 500): DAMAGED, ("checkpoint", 1500): INTACT}
+    assert document["fresh"] == 1
+    assert len(ckptmgr("verify", run.directory, "--older-than", "0s", "--json").json["checkpoints"]) == 3
+
+
+def test_nothing_to_verify_is_fine_and_said(run: Run, ckptmgr: Call) -> None:
+    empty = ckptmgr("verify", run.directory)
+    run.save(500)
+    ckptmgr("verify", run.directory)
+    fresh = ckptmgr("verify", run.directory, "--older-than", "1d")
+
+    assert (empty.code, empty.out, fresh.code, fresh.out) == (0, "", 0, "")
+    assert "nothing to verify" in empty.err
+    assert "1 are verified already" in fresh.err
+
+
+def test_an_interrupted_run_has_recorded_what_it_verified_and_is_gone_on_with(run: Run, ckptmgr: Call) -> None:
+    for step in range(3):
+        run.save(step)
+    with start("verify", run.directory, "--max-bytes-per-second", "700B") as child:
+        child.stdout.readline()
+        first = int(child.stdout.readline().split()[2])
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+
+    assert child.returncode == 130
+    assert "--older-than 1d` goes on" in err
+    assert "Traceback" not in err
+    rest = ckptmgr("verify", run.directory, "--older-than", "1d", "--json").json
+    assert {one["step"] for one in rest["checkpoints"]} == {0, 1, 2} - {first}
+
+
+def test_beside_a_manager_it_reports_and_says_that_nothing_is_recorded_and_why(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    flip(run, "checkpoint/step-500/model.bin")
+    run.rundir.acquire("python train.py")
+    done = ckptmgr("verify", run.directory)
+    document = ckptmgr("verify", run.directory, "--json").json
+    run.rundir.release()
+
+    assert done.code == 5
+    assert "will not be recorded" in done.err
+    assert "python train.py" in done.err
+    assert "python train.py" in document["not_recorded_because"]
+    assert document["checkpoints"][0]["recorded"] is False
+    assert run.journal.verifications(record.id) == []
+    free = ckptmgr("verify", run.directory, "--json").json
+    assert (free["not_recorded_because"], free["checkpoints"][0]["recorded"]) == (None, True)
+
+
+def test_the_lock_is_free_while_it_reads_and_no_epoch_is_taken(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    run.save(600)
+    epochs = run.journal.epochs()
+    taken = []
+
+    def read(_: int) -> None:
+        run.rundir.acquire("a manager that starts")
+        taken.append(run.rundir.holder())
+        run.rundir.release()
+
+    assert compare(run.journal, run.rundir, record, None, read).result == INTACT
+    assert taken
+    with start("verify", run.directory, "--max-bytes-per-second", "350B") as child:
+        child.stdout.readline()
+        child.stdout.readline()
+        run.rundir.acquire("a manager that starts")  # or RunLocked
+        run.rundir.release()
+        child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert run.journal.epochs() == epochs
+    assert COMMAND in run.rundir.holder()
+
+
+def test_a_checkpoint_that_is_retired_meanwhile_is_no_damage(run: Run) -> None:
+    record = run.save(500)
+    run.save(1000)
+
+    def read(_: int) -> None:
+        if run.journal.checkpoint(record.id).is_live:
+            run.journal.mark_retiring([RetirementMark(record.id, "old")], epoch=run.epoch)
+            shutil.rmtree(run.directory / record.directory)
+
+    assert compare(run.journal, run.rundir, record, None, read).result == GONE
+
+
+def test_a_checkpoint_that_is_being_replaced_is_no_damage(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    run.save(500, files={"model.bin": b"new" * 9}, overwrite=True, until=S.GATHERED, published=True)
+    assert run.journal.checkpoint(record.id).is_live
+
+    document = ckptmgr("verify", run.directory, "--json").json
+
+    assert (document["exit_code"], results(document)) == (0, {("checkpoint", 500): GONE})
+    assert run.journal.verifications(record.id) == []
+
+
+def test_what_differs_while_the_step_is_saved_again_is_looked_at_again(run: Run) -> None:
+    record = run.save(500)
+    file = run.directory / record.directory / "optim/rank-0.bin"
+    whole = file.read_bytes()
+    calls: list[int] = []
+
+    def read(_: int) -> None:
+        calls.append(1)
+        if len(calls) == 1:  # of model.bin: the overwriting attempt has swapped the directories ...
+            file.write_bytes(b"swapped")
+            run.save(500, overwrite=True, until=S.FAILED)
+        elif len(calls) == 2:  # ... and failed, and they were swapped back
+            file.write_bytes(whole)
+
+    assert compare(run.journal, run.rundir, record, None, read).result == INTACT
+    assert len(calls) == 3
+
+
+def test_a_run_directory_that_is_not_mounted_is_not_damage(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    away = run.directory.rename(f"{run.directory}.away")
+    missing = ckptmgr("verify", run.directory)
+    run.directory.mkdir()
+    empty = ckptmgr("verify", run.directory)
+    run.directory.rmdir()
+    away.rename(run.directory)
+
+    def unmount(_: int) -> None:
+        if run.directory.is_dir():
+            run.directory.rename(away)
+            run.directory.mkdir()
+
+    from ckptmgr.errors import ForeignJournal
+
+    assert (missing.code, empty.code) == (2, 10)
+    with pytest.raises(ForeignJournal):
+        compare(run.journal, RunDirectory(run.directory), record, None, unmount)
+    assert run.journal.verifications(record.id) == []
+
+
+def test_it_reads_no_faster_than_asked(run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(500)
+    waits: list[float] = []
+    monkeypatch.setattr(pace.time, "sleep", waits.append)
+    ckptmgr("verify", run.directory, "--max-bytes-per-second", "1B")
+
+    assert 1040 < max(waits) <= 1050
+    waits.clear()
+    ckptmgr("verify", run.directory)
+    assert waits == []
