@@ -196,11 +196,11 @@ def seconds(text: str) -> float:
 
 
 def period(text: str) -> float:
-    """The argparse type of a length of time in seconds: ``90s``, ``30min``, ``12h``, ``7d``, ``2w``."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|min|h|d|w)", text)
+    """The argparse type of a length of time in seconds: ``90s``, ``30m``, ``12h``, ``7d``, ``2w``."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length of time: give a number with s, min, h, d or w")
-    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
+        raise argparse.ArgumentTypeError(f"{text!r} is no age: give a number and s, m, h, d or w, as in 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
 
 
 def choose_series(journal: Questions, asked: str | None) -> str:
