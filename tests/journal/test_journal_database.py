@@ -457,7 +457,7 @@ with Journal.open(path) as journal:
 def test_the_package_names_only_its_doors():
     import ckptmgr.journal
 
-    assert set(ckptmgr.journal.__all__) == {"REVISION", "Journal", "Questions", "Verification"}
+    assert set(ckptmgr.journal.__all__) == {"REVISION", "Decision", "Journal", "Pin", "Questions", "Verification"}
     with pytest.raises(AttributeError):
         _ = ckptmgr.journal.Nothing
 
