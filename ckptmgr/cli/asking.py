@@ -119,10 +119,12 @@ def _ask(
             **asked, epoch=epoch, host=socket.gethostname(), pid=os.getpid(),
             asked_at=now, deadline=now + max(0.0, deadline - time.monotonic()),
         )  # fmt: skip
-        requests.ask(rundir.path, request, rundir.permissions)
-        out.note(f"the run is in use by {locked.holder}; asking it")
         check_at = time.monotonic() + CHECK_S
+        is_asked = False
         try:
+            requests.ask(rundir.path, request, rundir.permissions)
+            is_asked = True
+            out.note(f"the run is in use by {locked.holder}; asking it")
             while True:
                 if (answer := _answer(rundir, request)) is not None:
                     return answer
@@ -139,7 +141,7 @@ def _ask(
                 out.progress(lambda left=left: f"waiting for an answer, {max(0.0, left):.0f} s more")  # type: ignore[misc]
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            if not requests.withdraw(rundir.path, request.id):
+            if is_asked and not requests.withdraw(rundir.path, request.id):
                 out.note("the manager had taken the request already; `ckptmgr why` says what became of it")
             raise
         finally:
