@@ -610,7 +610,7 @@ class Leader:
                 # Another mapping: what was planned ahead for the save under way is out of date.
                 request.series: {step: record for step, record in live.items() if record.id not in leaving},
             }
-            for id in leaving:
+            for id in reversed(leaving):
                 self._let_go[id] = request.series
                 self._decided.pop(id, None)
             self.project()

@@ -30,8 +30,8 @@ TIMEOUT_S = 60.0
 #: What a request that was taken at the last moment gets besides, in seconds.
 GRACE_S = 10.0
 POLL_S = 0.2
-#: How often it is seen whether the run lock is free: the end of a manager that no row of the journal tells.
-TRY_LOCK_S = 2.0
+#: How often it is looked, in the journal and at the run lock, whether whoever is asked is still there.
+CHECK_S = 2.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -119,20 +119,20 @@ def _ask(
             **asked, epoch=epoch, host=socket.gethostname(), pid=os.getpid(),
             asked_at=now, deadline=now + max(0.0, deadline - time.monotonic()),
         )  # fmt: skip
-        requests.ask(rundir.path, request, rundir.permissions)
-        out.note(f"the run is in use by {locked.holder}; asking it")
-        try_lock_at = time.monotonic() + TRY_LOCK_S
+        check_at = time.monotonic() + CHECK_S
+        is_asked = False
         try:
+            requests.ask(rundir.path, request, rundir.permissions)
+            is_asked = True
+            out.note(f"the run is in use by {locked.holder}; asking it")
             while True:
                 if (answer := _answer(rundir, request)) is not None:
                     return answer
-                gone = target.live_epoch(journal) != epoch
-                if not gone and time.monotonic() >= try_lock_at:
-                    gone = _is_free(rundir, f"ckptmgr {request.kind}")
-                    try_lock_at = time.monotonic() + TRY_LOCK_S
-                if gone:
-                    requests.withdraw(rundir.path, request.id)
-                    return _answer(rundir, request)
+                if time.monotonic() >= check_at:
+                    if target.live_epoch(journal) != epoch or _is_free(rundir, f"ckptmgr {request.kind}"):
+                        requests.withdraw(rundir.path, request.id)
+                        return _answer(rundir, request)
+                    check_at = time.monotonic() + CHECK_S
                 left = deadline - time.monotonic()
                 if left <= 0 and requests.withdraw(rundir.path, request.id):
                     raise _silent(locked, timeout_s, taken=False)
@@ -141,7 +141,7 @@ def _ask(
                 out.progress(lambda left=left: f"waiting for an answer, {max(0.0, left):.0f} s more")  # type: ignore[misc]
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            if not requests.withdraw(rundir.path, request.id):
+            if is_asked and not requests.withdraw(rundir.path, request.id):
                 out.note("the manager had taken the request already; `ckptmgr why` says what became of it")
             raise
         finally:

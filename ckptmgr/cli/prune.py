@@ -41,6 +41,7 @@ COMMAND = "ckptmgr prune"
 _HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24, "w": 24 * 7}
 #: Between two looks how far a manager is with deleting.
 _LOOK_S = 0.5
+_MOST_LOOKED_AT = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -230,15 +231,17 @@ def became(args: argparse.Namespace, out: Output, answer: Answer, by: str | None
     """What *answer* is about, as the journal has it when all of it is deleted, or when that takes too long."""
     deadline = time.monotonic() + args.timeout
     with target.reading(args) as (journal, _):
-        while True:
-            found = [journal.checkpoint(id) for id in (*answer.keep, *answer.drop)]
-            found.sort(key=lambda record: record.commit_seq or 0)
-            outcome = Outcome({record.id: record for record in found}, answer.keep, answer.drop, by)
-            if outcome.gone == len(outcome.drop) or time.monotonic() >= deadline:
-                out.progress(None)
-                return outcome
-            out.progress(lambda one=outcome: f"deleted {one.gone} of {len(one.drop)}")  # type: ignore[misc]
+        found = [journal.checkpoint(id) for id in (*answer.keep, *answer.drop)]
+        records = {record.id: record for record in sorted(found, key=lambda record: record.commit_seq or 0)}
+        outcome = Outcome(records, answer.keep, answer.drop, by)
+        while outcome.gone < len(outcome.drop) and time.monotonic() < deadline:
+            out.progress(lambda: f"deleted {outcome.gone} of {len(outcome.drop)}")
             time.sleep(_LOOK_S)
+            # Oldest first, as they are deleted; the journal of a live run is not to be asked more than that.
+            left = [record.id for record in outcome.leaving if record.retired_at is None]
+            records.update((id, journal.checkpoint(id)) for id in left[:_MOST_LOOKED_AT])
+        out.progress(None)
+    return outcome
 
 
 def document(outcome: Outcome, series: str, rule: KeepRule, *, applied: bool) -> dict[str, Any]:
