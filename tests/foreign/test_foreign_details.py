@@ -232,6 +232,15 @@ def test_the_pieces_of_a_tensor_are_told_apart_by_where_they_begin(theirs: Their
     assert [each.id for each in newest(report_of(directory)).findings] == ["F008"]
 
 
+def test_data_is_looked_at_where_the_index_cannot_be_read(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    checkpoint = directory / "checkpoint/step-10"
+    os.truncate(checkpoint / ".metadata", 100)
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(5000))
+
+    assert found(report_of(directory)) == [("F005", "error", ("__0_0.distcp",)), ("F006", "error", (".metadata",))]
+
+
 def test_data_of_a_rank_that_the_index_does_not_name_is_a_warning(theirs: Theirs) -> None:
     directory = theirs("torchtitan")
     shutil.copy(directory / "checkpoint/step-5/__0_0.distcp", directory / "checkpoint/step-10/__7_0.distcp")
@@ -239,6 +248,17 @@ def test_data_of_a_rank_that_the_index_does_not_name_is_a_warning(theirs: Theirs
 
     assert found(report) == [("F013", "warning", ("__7_0.distcp",))]
     assert report.verdict is Verdict.SAFE
+
+
+def test_pieces_of_a_writer_without_archives_are_judged_by_their_places(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    data = directory / "checkpoint/step-10/__0_0.distcp"
+    data.write_bytes(b"\0raw" * (data.stat().st_size // 4 + 1))
+    assert report_of(directory).verdict is Verdict.SAFE
+
+    needed = (directory / "checkpoint/step-5/__0_0.distcp").stat().st_size
+    os.truncate(data, needed - 1)
+    assert found(report_of(directory)) == [("F003", "error", ("__0_0.distcp",))]
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -369,6 +389,24 @@ def test_deepspeed_and_fsdp_in_a_trainers_checkpoint_are_looked_into(theirs: The
     os.truncate(checkpoint / "pytorch_model_fsdp_0" / "__0_0.distcp", 500)
     files = {name for _, _, names in found(report_of(directory)) for name in names}
     assert files == {"global_step10/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/__0_0.distcp"}
+
+
+def test_a_trainers_checkpoint_whose_deepspeed_directory_is_gone_is_not_complete(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    text(directory / "checkpoint-10" / "latest", "global_step10")
+
+    assert found(report_of(directory)) == [("F002", "error", ("global_step10",))]
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_an_index_of_shards_that_leads_out_of_its_directory_is_refused(outside: str, tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    body["weight_map"]["layer.bias"] = outside
+    text(index, body)
+
+    assert ("F006", "error", (index.name,)) in found(report_of(tmp_path))
 
 
 def test_shards_without_their_index_are_counted(tmp_path: Path) -> None:
