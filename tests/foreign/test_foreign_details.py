@@ -138,6 +138,14 @@ def test_an_older_xtuner_has_two_directories_of_weights(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [("F002", "error", ("optimizer",))]
 
 
+def test_a_train_state_of_another_step_is_found(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    state = "20260801120000/checkpoints/ckpt-step-10/train_state.json"
+    text(directory / state, {"cur_step": 9})
+
+    assert found(report_of(directory)) == [("F017", "error", ("train_state.json",))]
+
+
 def test_exports_of_xtuner_are_a_series_of_their_own(theirs: Theirs) -> None:
     directory = theirs("xtuner")
     experiment = directory / "20260801120000"
@@ -583,6 +591,10 @@ def test_missing_ranks_of_deepspeed_are_found(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [
         ("F007", "error", tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 2, 3)))
     ]
+    for rank in range(4):
+        torch_save(checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    (checkpoint / "zero_pp_rank_3_mp_rank_00_model_states.pt").unlink()
+    assert found(report_of(directory)) == [("F007", "error", ("zero_pp_rank_3_mp_rank_00_model_states.pt",))]
 
 
 # -- Orbax --------------------------------------------------------------------------------------------------------
@@ -614,6 +626,14 @@ def test_a_step_of_orbax_without_the_time_of_its_commit_is_not_complete(theirs: 
     text(directory / "10" / "_CHECKPOINT_METADATA", {"item_handlers": {}, "commit_timestamp_nsecs": None})
 
     assert [(id, level) for id, level, _ in found(report_of(directory))] == [("F010", "error")]
+
+
+def test_a_manifest_of_something_else_is_found(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    manifest = directory / "10" / "default" / "manifest.ocdbt"
+    manifest.write_bytes(b"else" + manifest.read_bytes()[4:])
+
+    assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
 
 
 def test_a_gap_between_the_processes_of_orbax_is_found(theirs: Theirs) -> None:
