@@ -138,6 +138,14 @@ def test_an_older_xtuner_has_two_directories_of_weights(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [("F002", "error", ("optimizer",))]
 
 
+def test_a_train_state_of_another_step_is_found(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    state = "20260801120000/checkpoints/ckpt-step-10/train_state.json"
+    text(directory / state, {"cur_step": 9})
+
+    assert found(report_of(directory)) == [("F017", "error", ("train_state.json",))]
+
+
 def test_exports_of_xtuner_are_a_series_of_their_own(theirs: Theirs) -> None:
     directory = theirs("xtuner")
     experiment = directory / "20260801120000"
@@ -232,6 +240,15 @@ def test_the_pieces_of_a_tensor_are_told_apart_by_where_they_begin(theirs: Their
     assert [each.id for each in newest(report_of(directory)).findings] == ["F008"]
 
 
+def test_data_is_looked_at_where_the_index_cannot_be_read(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    checkpoint = directory / "checkpoint/step-10"
+    os.truncate(checkpoint / ".metadata", 100)
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(5000))
+
+    assert found(report_of(directory)) == [("F005", "error", ("__0_0.distcp",)), ("F006", "error", (".metadata",))]
+
+
 def test_data_of_a_rank_that_the_index_does_not_name_is_a_warning(theirs: Theirs) -> None:
     directory = theirs("torchtitan")
     shutil.copy(directory / "checkpoint/step-5/__0_0.distcp", directory / "checkpoint/step-10/__7_0.distcp")
@@ -239,6 +256,17 @@ def test_data_of_a_rank_that_the_index_does_not_name_is_a_warning(theirs: Theirs
 
     assert found(report) == [("F013", "warning", ("__7_0.distcp",))]
     assert report.verdict is Verdict.SAFE
+
+
+def test_pieces_of_a_writer_without_archives_are_judged_by_their_places(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    data = directory / "checkpoint/step-10/__0_0.distcp"
+    data.write_bytes(b"\0raw" * (data.stat().st_size // 4 + 1))
+    assert report_of(directory).verdict is Verdict.SAFE
+
+    needed = (directory / "checkpoint/step-5/__0_0.distcp").stat().st_size
+    os.truncate(data, needed - 1)
+    assert found(report_of(directory)) == [("F003", "error", ("__0_0.distcp",))]
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -369,6 +397,24 @@ def test_deepspeed_and_fsdp_in_a_trainers_checkpoint_are_looked_into(theirs: The
     os.truncate(checkpoint / "pytorch_model_fsdp_0" / "__0_0.distcp", 500)
     files = {name for _, _, names in found(report_of(directory)) for name in names}
     assert files == {"global_step10/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/__0_0.distcp"}
+
+
+def test_a_trainers_checkpoint_whose_deepspeed_directory_is_gone_is_not_complete(theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    text(directory / "checkpoint-10" / "latest", "global_step10")
+
+    assert found(report_of(directory)) == [("F002", "error", ("global_step10",))]
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_an_index_of_shards_that_leads_out_of_its_directory_is_refused(outside: str, tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    body["weight_map"]["layer.bias"] = outside
+    text(index, body)
+
+    assert ("F006", "error", (index.name,)) in found(report_of(tmp_path))
 
 
 def test_shards_without_their_index_are_counted(tmp_path: Path) -> None:
@@ -545,6 +591,10 @@ def test_missing_ranks_of_deepspeed_are_found(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [
         ("F007", "error", tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 2, 3)))
     ]
+    for rank in range(4):
+        torch_save(checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    (checkpoint / "zero_pp_rank_3_mp_rank_00_model_states.pt").unlink()
+    assert found(report_of(directory)) == [("F007", "error", ("zero_pp_rank_3_mp_rank_00_model_states.pt",))]
 
 
 # -- Orbax --------------------------------------------------------------------------------------------------------
@@ -576,6 +626,14 @@ def test_a_step_of_orbax_without_the_time_of_its_commit_is_not_complete(theirs: 
     text(directory / "10" / "_CHECKPOINT_METADATA", {"item_handlers": {}, "commit_timestamp_nsecs": None})
 
     assert [(id, level) for id, level, _ in found(report_of(directory))] == [("F010", "error")]
+
+
+def test_a_manifest_of_something_else_is_found(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    manifest = directory / "10" / "default" / "manifest.ocdbt"
+    manifest.write_bytes(b"else" + manifest.read_bytes()[4:])
+
+    assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
 
 
 def test_a_gap_between_the_processes_of_orbax_is_found(theirs: Theirs) -> None:

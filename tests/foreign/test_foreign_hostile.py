@@ -304,6 +304,7 @@ def test_numbers_that_no_step_has(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_names_are_listed(tmp_path: Path) -> None:
     made.torchtitan(tmp_path)
     crowded = tmp_path / "checkpoint" / "step-10"
