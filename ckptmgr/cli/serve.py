@@ -188,16 +188,16 @@ class Site:
         """Say on stderr what nobody foresaw."""
         self._out.traceback(trace)
 
-    def failure(self, status: HTTPStatus, text: str, hint: str) -> Answer:
-        """A page that says what went wrong."""
-        safe = self._page.safe
-        body = f'<h1>{safe(text)}</h1>\n<p>{safe(hint)}</p>\n<p><a href="/">Start page</a></p>'
-        return Answer(self._page.document(status.phrase, body).encode(), status=status)
+    def failure(self, status: HTTPStatus, text: str, hint: str, *, refresh: int = 0) -> Answer:
+        """A page that says what went wrong, and looks again after *refresh* seconds if that is not 0."""
+        body = f"<h1>{self._page.safe(text)}</h1>\n<p>{self._page.with_code(hint)}</p>\n"
+        body += '<p><a href="/">Start page</a></p>'
+        return Answer(self._page.document(status.phrase, body, refresh=self._meta(refresh)).encode(), status=status)
 
     def _run(self, name: str, args: argparse.Namespace, refresh: int) -> Answer:
         seen = self._look(name, args)
         if seen.facts is None:
-            return self.failure(HTTPStatus.SERVICE_UNAVAILABLE, f"{name}: {seen.error}", seen.hint)
+            return self.failure(HTTPStatus.SERVICE_UNAVAILABLE, f"{name}: {seen.error}", seen.hint, refresh=refresh)
         before, text = self._drawn.get(name, (None, ""))
         if before is not seen:
             text = self._page.of_run(seen.facts, refresh=_REFRESH_PLACE, nav=_NAV_PLACE)
@@ -286,14 +286,16 @@ class Site:
         more = f" The first {MOST_RUNS} are shown." if len(runs) == MOST_RUNS else ""
         title = f"Runs in {safe(str(self._folder))}"
         body = f"<h1>{title}</h1>\n<p>Each by the series that is resumed from.{more}</p>\n"
-        body += self._page.data_table(title, head, rows)
-        return self._page.document(f"runs in {self._folder}", body, refresh=self._meta(refresh), nav=self._nav(refresh))
+        body += self._page.data_table("What may be resumed, run by run", head, rows)
+        return self._page.document(
+            f"runs in {self._folder}", body, refresh=self._meta(refresh), nav=self._nav(refresh, first=True)
+        )
 
     def _meta(self, refresh: int) -> str:
         return f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
 
-    def _nav(self, refresh: int) -> str:
-        back = '<a href="/">All runs</a> · ' if self._folder is not None else ""
+    def _nav(self, refresh: int, *, first: bool = False) -> str:
+        back = "" if first or self._folder is None else '<a href="/">All runs</a> · '
         if not self._args.refresh:
             renewal = "This page does not load itself again."
         elif refresh:

@@ -204,6 +204,7 @@ def test_a_run_that_can_no_longer_be_read_is_said_and_the_server_goes_on(run: Ru
 
     assert found[0] == 503
     assert "alpha" in found[1]
+    assert '<meta http-equiv="refresh" content="10">' in found[1]
     assert again[0] == 200
 
 

@@ -187,7 +187,7 @@ def verdict_words(verdict: Verdict | None) -> tuple[str, str]:
 def _findings(findings: Sequence[Finding]) -> str:
     items = [
         f'<li><strong class="{_LEVELS[one.level]}">{one.level.value} {safe(one.id)}</strong>: {safe(one.text)}'
-        + (f'<br><span class="quiet">{_with_code(one.hint)}</span>' if one.hint else "")
+        + (f'<br><span class="quiet">{with_code(one.hint)}</span>' if one.hint else "")
         + "</li>"
         for one in findings[:10]
     ]
@@ -195,7 +195,7 @@ def _findings(findings: Sequence[Finding]) -> str:
     return f"<ul>{''.join(items)}{more}</ul>"
 
 
-def _with_code(hint: str) -> str:
+def with_code(hint: str) -> str:
     """A hint, with what stands in backticks set as something to type."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(hint))
 
