@@ -59,6 +59,8 @@ log = logging.getLogger("ckptmgr")
 OnFailure = Literal["raise", "warn", "terminate"]
 WhenBusy = Literal["wait", "skip", "raise"]
 CaptureMode = Literal["sync", "overlap"]
+#: Seconds for which a command that notes something, as `verify` does, may have the run lock without stopping a start.
+_LOCKED_FOR_MOMENTS_S = 2.0
 Hook = Callable[[Committed], Any]
 
 _GO, _SKIP, _BUSY, _SAVED = range(4)
@@ -575,7 +577,7 @@ class CheckpointManager:
 
     def _take_over(self, hooks: Sequence[Hook]) -> None:
         """Rank 0 only: lock, journal, epoch, recovery, projections."""
-        self._rundir.acquire("CheckpointManager", timeout_s=0.0)
+        self._rundir.acquire("CheckpointManager", timeout_s=_LOCKED_FOR_MOMENTS_S)
         self._rundir.require_journal()
         self._journal = Journal.open(self._rundir.journal_path, file_mode=self._rundir.permissions.file_mode)
         self._rundir.pair(self._journal.run_id, managed=bool(self._journal.series()))

@@ -35,6 +35,7 @@ from ckptmgr import (
 )
 from ckptmgr.errors import JournalError, ManagerClosed, RunLocked, WaitTimeout
 from ckptmgr.journal import Journal
+from ckptmgr.rundir import RunDirectory
 
 SHORT = Timeouts(setup_s=30, write_s=30, gather_s=5, close_s=1, close_on_error_s=1)
 
@@ -246,7 +247,7 @@ def _open_second(here: Here) -> Any:
     return None
 
 
-def test_a_second_manager_in_another_process_is_refused_at_once_with_who_holds_it(
+def test_a_second_manager_in_another_process_is_refused_soon_with_who_holds_it(
     open_manager: Open, tmp_path: Path
 ) -> None:
     with open_manager():
@@ -266,6 +267,16 @@ def test_a_second_manager_in_another_process_is_refused_at_once_with_who_holds_i
             open_manager()
     with start_ranks(1, _open_second, tmp_path) as world:
         assert world.join(20) == [None]
+
+
+def test_a_start_waits_for_a_command_that_has_the_run_lock_for_a_moment(open_manager: Open, run_dir: Path) -> None:
+    open_manager().close()
+    command = RunDirectory(run_dir)
+    command.acquire("ckptmgr verify")
+    done = threading.Timer(0.5, command.release)
+    done.start()
+    open_manager().close()
+    done.join()
 
 
 def _save_and_be_killed(here: Here) -> None:
