@@ -112,7 +112,8 @@ class Planned:
     """
     What the keep rule says once an attempt is committed.
 
-    *live* and *pinned* are what it was asked about; *news* are the decisions that the journal has not been told.
+    *live* and *pinned* are what it was asked about; *plan* is about those of which it could say something new, and
+    *news* are the decisions that the journal has not been told.
     """
 
     live: Mapping[int, CheckpointRecord]
@@ -433,6 +434,8 @@ class Leader:
         self._let_go = {record.id: record.series for record in standing if record.retire_started_at is not None}
         #: What this manager has told the journal about each, so that it tells only what is new.
         self._decided: dict[int, tuple[str, tuple[str, ...]]] = {}
+        #: By series, for the commit before: of most checkpoints the next one says the same.
+        self._planned_before: dict[str, Planned] = {}
 
     def _note_commit(self, record: CheckpointRecord, planned: Planned) -> None:
         """What `_remember` would find now."""
@@ -447,6 +450,7 @@ class Leader:
         live.pop(record.step, None)
         live[record.step] = self._journal.checkpoint(record.id)
         self._resumed.pop(record.series, None)
+        self._planned_before[record.series] = planned
         self._decided.update((id, (word, reasons)) for id, word, reasons in planned.news if word == "keep")
 
     def _retiring(self, series: str) -> list[CheckpointRecord]:
@@ -468,17 +472,23 @@ class Leader:
         return planned
 
     def _plan(self, record: CheckpointRecord, rule: KeepRule, pinned: frozenset[int]) -> Planned:
-        """What the keep rule says once *record* is committed."""
+        """What the keep rule says once *record* is committed, of those of which it may say something new."""
         live = self._live.get(record.series, {})
-        for step, other in live.items():
-            if other.pinned != (step in pinned):
-                live[step] = dataclasses.replace(other, pinned=step in pinned)
-        newest = max((other.commit_seq or 0 for other in live.values()), default=0) + 1
+        before = self._planned_before.get(record.series)
+        others: Iterable[CheckpointRecord] | None = None
+        if before is not None and before.live is live and before.pinned == pinned and record.overwrites is None:
+            again = retention.unsettled(before.plan.keep, rule)
+            others = None if again is None else [live[one.step] for one in again]
+        if others is None:
+            for step, other in live.items():
+                if other.pinned != (step in pinned):
+                    live[step] = dataclasses.replace(other, pinned=step in pinned)
+            others = (other for other in live.values() if other.id != record.overwrites)
+        newest = next((other.commit_seq or 0 for other in reversed(live.values())), 0) + 1
         now = time.time()
         committed = dataclasses.replace(
             record, state=CheckpointState.COMMITTED, committed_at=now, commit_seq=newest, finished_at=now
         )
-        others = [other for other in live.values() if other.id != record.overwrites]
         plan = retention.plan([*others, committed], rule, now=now)
         news = [one for one in plan.decisions if self._decided.get(one[0]) != one[1:]]
         return Planned(live, pinned, plan, news)

@@ -233,8 +233,8 @@ class CheckpointManager:
 
         As one ``save`` per series, checkpoints first, but an export does not copy again what the checkpoint has
         captured already with the same dtype: its files are written from there, and it takes no memory for it.
-        Each of them commits or fails by itself. What raises keeps the series behind it from being saved, and
-        those before it are on their way.
+        Each of them commits or fails by itself, but for a state that changes while it is read. What raises keeps
+        the series behind it from being saved, and those before it are on their way.
 
         Args:
             step: As for ``save``.
@@ -684,7 +684,8 @@ class CheckpointManager:
 
     def _all_with(self, series: Any) -> list[Job]:
         """The saves that use the memory of *series*, in the order in which they end."""
-        users = [job for job in self._in_flight.values() if series in (job.series, job.borrows_from)]
+        in_flight = self._in_flight.values() if series is not None else ()
+        users = [job for job in in_flight if series in (job.series, job.borrows_from)]
         return sorted(users, key=lambda job: job.number)
 
     def _is_export(self, series: Any) -> bool:

@@ -254,6 +254,19 @@ def plan(
     return RetentionPlan(tuple(keep), tuple(drop))
 
 
+def unsettled(kept: Sequence[Kept], rule: KeepRule) -> list[CheckpointRecord] | None:
+    """
+    Of what a plan keeps, what *rule* must be asked about again when the next checkpoint commits; None if about all.
+
+    A checkpoint that is kept for its step alone, or because everything is, stays kept for that and for nothing
+    else, as long as others are only added: nobody unpins, overwrites or removes one.
+    """
+    if not all(type(part) in (KeepAll, KeepLast, KeepEvery, KeepBest, KeepFor) for part in rule.parts):
+        return None  # it may think again about any of them
+    lasting = {part.text for part in rule.parts if isinstance(part, KeepAll | KeepEvery)}
+    return [record for record, reasons in kept if not lasting.issuperset(reasons)]
+
+
 def _newest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
     by_seq: dict[int, CheckpointRecord] = {}
     for record in records:

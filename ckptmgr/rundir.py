@@ -15,6 +15,7 @@ import errno
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import socket
@@ -639,11 +640,10 @@ class RunDirectory:
 
         Only called after COMMITTED and at start; deleting the file loses nothing.
         """
-        names = dict.fromkeys([*series, *(record.series for record in live)])
-        body: dict[str, Any] = {"run_id": run_id}
-        for name in names:
-            of_series = sorted((r for r in live if r.series == name), key=lambda r: r.commit_seq or 0)
-            body[f"{name}_list"] = [record.directory for record in of_series]
+        found: dict[str, list[str]] = {name: [] for name in series}
+        for record in sorted(live, key=operator.attrgetter("commit_seq")):
+            found.setdefault(record.series, []).append(record.directory)
+        body = {"run_id": run_id, **{f"{name}_list": directories for name, directories in found.items()}}
         # A line for each: `indent` would write the same by Python's slow encoder.
         text = (json.dumps(body, separators=(",\n", ": ")) + "\n").encode()
         try:

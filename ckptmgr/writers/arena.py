@@ -254,13 +254,16 @@ class Arena:
 
     def _make_room(self, size: int) -> None:
         """Map *size* bytes, those that were touched among them; the others' pages are only promised."""
-        if size <= self.size:
+        if size <= self._touched:
             return
-        # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told.
+        # Nothing limits a memfd but the machine's memory, and who takes too much of that is killed, not told. What
+        # was promised some time ago may be gone by now.
         available = available_bytes()
-        if size - self.size > available:
+        if size - self._touched > available:
             self.close()
             raise MemoryError(f"no memory for an arena of {size} bytes: {available} are available")
+        if size <= self.size:
+            return
         self._let_go()
         try:
             if self._map is None:

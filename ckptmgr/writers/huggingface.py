@@ -251,6 +251,7 @@ class HuggingFaceWriter:
 
     def _published(self, named: Iterable[_Named]) -> Iterator[_Held]:
         """(published name, block, whole shape, may be tied, this rank's boxes) of every tensor to export."""
+        known = _Boxes()
         for module, group in itertools.groupby(named, key=lambda one: one.module):
             views = self._hub_views(module) if module is not None and self._options.adapter is None else {}
             held: list[tuple[int, _Held]] = []
@@ -258,9 +259,9 @@ class HuggingFaceWriter:
             for one in group:
                 if self._options.adapter is not None:
                     for name, tensor in _adapt(self._options.adapter, one):
-                        held.append((0, (name, name, tuple(tensor.shape), module is not None, _boxes(name, tensor))))
+                        held.append((0, (name, name, tuple(tensor.shape), module is not None, known.of(name, tensor))))
                     continue
-                boxes = _boxes(one.name, one.tensor)
+                boxes = known.of(one.name, one.tensor)
                 if not views:
                     held.append((0, (one.name, one.name, tuple(one.tensor.shape), module is not None, boxes)))
                 for view in views.get(one.name.removeprefix(one.prefix), ()):
@@ -493,12 +494,38 @@ def _adapt(adapter: Adapter, one: _Named) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, view
 
 
-def _boxes(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
-    """The boxes of *tensor* that this rank holds, each with its local tensor."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise InvalidArgument(f"{name!r} is not a dense tensor with data")
-    if isinstance(tensor, DTensor) and any(isinstance(place, Partial) for place in tensor.placements):
-        raise InvalidArgument(f"{name!r} is a partial sum; redistribute it before saving")
+class _Boxes:
+    """Which boxes of tensors this rank holds. Of one call, in which many tensors are sharded alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[Box]] = {}
+
+    def of(self, name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
+        """
+        The boxes of *tensor* that this rank holds, each with its local tensor.
+
+        Raises:
+            InvalidArgument: It cannot be exported.
+        """
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise InvalidArgument(f"{name!r} is not a dense tensor with data")
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            return [(((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
+        if not isinstance(tensor, DTensor):
+            return _planned(name, tensor)
+        if any(isinstance(place, Partial) for place in tensor.placements):
+            raise InvalidArgument(f"{name!r} is a partial sum; redistribute it before saving")
+        kind = (type(tensor), tensor.device_mesh, tensor.placements, tensor.shape)
+        if (boxes := self._known.get(kind)) is not None:
+            return [(box, tensor.to_local()) for box in boxes]
+        found = _planned(name, tensor)
+        if len(found) <= 1 and type(tensor.to_local()) is torch.Tensor:
+            self._known[kind] = [box for box, _ in found]
+        return found
+
+
+def _planned(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
+    """The boxes as PyTorch's planner has them, which knows tensors of any kind, and takes its time."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner({name: tensor})
     return [

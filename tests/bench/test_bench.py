@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import mmap
 import os
@@ -163,6 +164,20 @@ def test_the_page_keeps_what_stands_around_its_place_and_is_the_same_when_writte
     named = {line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert named == {f"performance/{path.name}" for path in (tmp_path / "performance").iterdir()}
     assert "performance/train-stall.svg" in named
+
+
+def test_a_later_run_replaces_what_it_has_measured_again_and_says_so() -> None:
+    facts = machine.facts(Path(), Path())
+    first = dataclasses.replace(everything(0.5).results, machine=facts)
+    later = rounds.Results(machine={**facts, "began": 0.0, "ckptmgr": "cafe"})
+    later.about("moe", "ckptmgr")["state_bytes"] = 1
+    later.add("moe", "ckptmgr", 1, stall_s=4711.0)
+    figures = Figures(first.with_later(later))
+
+    assert figures.median("moe", "ckptmgr", "stall_s") == 4711.0
+    assert figures.peers("moe") == ["ckptmgr"]
+    assert figures.median("train", "ckptmgr", "stall_s") == Figures(first).median("train", "ckptmgr", "stall_s")
+    assert "1970-01-01, ckptmgr at cafe: measured again, moe." in render.machine(figures)
 
 
 def test_a_page_without_the_place_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -331,7 +332,11 @@ def test_when_rank_0_stops_on_its_way_to_the_commit_all_ranks_say_what_the_journ
     tmp_path: Path, at: str
 ) -> None:
     with start_ranks(2, _leader_stops_in_commit, tmp_path, at=at) as world:
-        time.sleep(6.0)
+        deadline = time.monotonic() + 60
+        while psutil.Process(world.pid(0)).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, "rank 0 does not stop"
+            time.sleep(0.05)
+        time.sleep(5.0)  # the other rank has given up by then
         world.signal(0, signal.SIGCONT)
         told = world.join(60)
     state = rows(world.here)[2].state

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_models import mixture_of_experts, perceptron, same, train_step, whole_state
 from transformers import AutoModelForCausalLM
 
-from ckptmgr import DCP, CheckpointManager, CheckpointState, HuggingFace, SaveFailed, Series, StepAlreadySaved
+from ckptmgr import DCP, CheckpointManager, CheckpointState, HuggingFace, SaveFailed, Series, StepAlreadySaved, Timeouts
 from ckptmgr.errors import InvalidArgument, SaveInFlight, StateChanged
 from ckptmgr.journal import Journal
 
@@ -302,6 +302,18 @@ def test_a_state_that_changed_while_it_was_read_fails_both(open_manager: Open) -
             with pytest.raises(SaveFailed) as caught:
                 pending.wait(20)
             assert caught.value.failures[0].cause.startswith(StateChanged.__name__)
+
+
+def test_what_makes_no_sense_is_refused_without_waiting_for_what_is_in_flight(open_manager: Open, held: Held) -> None:
+    state = {"t": torch.ones(3)}
+    with open_manager(series=_series(assets=[held]), timeouts=Timeouts(write_s=1, gather_s=1)) as manager:
+        pending = manager.save(1, state, "hf")
+        assert pending is not None
+        assert held.reached.wait(20)
+        with pytest.raises(InvalidArgument):
+            manager.save_together(2, {})
+        assert not pending.done()
+        held.go_on.set()
 
 
 def test_memory_that_a_parameter_lets_go_meanwhile_is_not_taken_for_what_lies_there_next(

@@ -23,6 +23,7 @@ from ckptmgr.retention import (
     KeepLast,
     KeepRule,
     plan,
+    unsettled,
 )
 
 NOW = 1_000_000.0
@@ -165,6 +166,44 @@ def test_sets_of_up_to_eight_agree_with_the_words_of_the_rules(seqs, rule, data)
     ]
 
     assert_planned(records, rule)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 40), st.sampled_from([None, 0.5, 1.0, 2.0]), st.floats(0, 3), st.booleans()
+        ),
+        min_size=2, max_size=12, unique_by=lambda one: one[0],
+    ),
+    st.sampled_from(COMBINATIONS),
+)  # fmt: skip
+@settings(max_examples=300)
+def test_commit_after_commit_only_the_unsettled_need_be_asked_about_again(commits, rule):
+    live, told, again, now = [], {}, None, NOW
+    for seq, (step, loss, hours, pinned) in enumerate(commits, start=1):
+        now += hours * HOUR
+        new = checkpoint(seq, step, loss=loss, committed_at=now, pinned=pinned)
+        whole = plan([*live, new], rule, now=now)
+        part = plan([*(live if again is None else again), new], rule, now=now)
+
+        assert part.drop == whole.drop
+        told |= {one.record.id: one.reasons for one in part.keep}
+        for one in part.drop:
+            told.pop(one.record.id, None)
+        assert told == {one.record.id: one.reasons for one in whole.keep}
+
+        live = [one.record for one in whole.keep]
+        again = unsettled(part.keep, rule)
+
+
+def test_of_thousands_that_are_kept_for_good_only_the_newest_is_asked_about_again():
+    class Mine(KeepAll):
+        """A rule of somebody's own may think again."""
+
+    many = [checkpoint(seq, 10 * seq, id=seq) for seq in range(1, 1000)]
+    for rule, again in ((KeepAll(), [999]), (KeepEvery(10) | KeepLast(2), [999, 998]), (Mine() | KeepEvery(10), None)):
+        found = unsettled(plan(many, rule, now=NOW).keep, rule)
+        assert (found and [record.id for record in found]) == again
 
 
 def kept(records, rule, **how):

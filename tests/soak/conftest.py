@@ -16,13 +16,10 @@ sys.path[:0] = [str(ROOT / "tools")]
 from soak import trainer  # noqa: E402
 from torture import shim  # noqa: E402
 
-#: Lives one life on one rank in a folder, of so many moves; other facts as of `soak.trainer.Life`.
-Soak = Callable[..., Ended]
-
 
 @pytest.fixture(scope="session")
-def soak() -> Iterator[Soak]:
-    """Runs a short soak on one rank to its end."""
+def soak() -> Iterator[Callable[..., Ended]]:
+    """Lives one life on one rank in a folder, of so many moves; other facts as of `soak.trainer.Life`."""
     faults = shim.why_not() is None
     environment = {"LD_PRELOAD": str(shim.build())} if faults else {}
     forks = ForkServer("soak.trainer", path=(ROOT / "tools",), environment=environment)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Soak
+from child_process import Ended
 from soak import plants
 from soak.__main__ import judge_run, verdicts
 from soak.judge import Tolerance, judge, table
 from soak.plan import Plan
 
+Soak = Callable[..., Ended]
 #: Measures that stay as they are from the first saves on, on every machine.
 CONSTANT = [
     "trainer: descriptors", "trainer: sockets", "trainer: memfds", "trainer: threads", "trainer: children",

@@ -269,6 +269,24 @@ def test_a_larger_layout_than_was_expected_gets_its_memory(arena):
     assert held(arena, layout.copies[0]) == bits(state["a"])
 
 
+def test_what_was_promised_and_not_touched_is_looked_for_again(arena, slow_warming, monkeypatch):
+    reached, _ = slow_warming
+    state = {"a": torch.arange(15_000_000.0)}
+    layout = layout_of(state)
+    arena.warm_up_later(layout.size)
+    assert reached.wait(20)
+    with monkeypatch.context() as machine:
+        machine.setattr(arenas, "available_bytes", lambda: layout.size - arenas._TOUCH_BYTES - 1)
+        with pytest.raises(MemoryError, match="are available"):
+            arena.adopt(layout)
+    arena.adopt(layout)
+    arena.capture(state)
+    monkeypatch.setattr(arenas, "available_bytes", lambda: 0)
+    arena.adopt(layout_of({"a": state["a"][:10]}))
+
+    assert held(arena, layout_of(state).copies[0])
+
+
 def test_closing_ends_a_warm_up_and_leaves_nothing_behind(arena, slow_warming):
     reached, parts = slow_warming
     before = open_memory()

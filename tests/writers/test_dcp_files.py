@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument, StateMismatch
 from ckptmgr.options import WriterOptions
 from ckptmgr.writers import archives
-from ckptmgr.writers.dcp import DCP
+from ckptmgr.writers.dcp import DCP, arena_bytes
 from ckptmgr.writers.process import WriterProcess
 from ckptmgr.writers.state import PerRank
 
@@ -444,3 +444,10 @@ def test_a_state_of_the_same_shape_is_not_planned_anew(monkeypatch):
 
     assert archives.load(archives.Source(taken.objects[MetadataIndex("step")]), "step") == 2
     assert taken.tensors["model.weight"].data_ptr() == model.weight.data_ptr()
+
+
+def test_the_next_save_takes_what_this_rank_saved_or_an_even_share_after_resharding():
+    files = {"__0_0.distcp": 1000, "__1_0.distcp": 500, "__0_1.distcp": 7, ".metadata": 9}
+
+    assert [arena_bytes(files, rank, world_size=2, same_world=True) for rank in (0, 1)] == [1000, 500]
+    assert [arena_bytes(files, rank, world_size=3, same_world=False) for rank in range(3)] == [500, 500, 500]

@@ -2,19 +2,20 @@
 ``make bench``: how fast ckptmgr and its peers save and load, side by side in one run, as ratios.
 
     python tools/bench [--quick] [--scale GIB] [--rounds N] [--seed N] [--only QUESTION,…] [--peers NAME,…]
-    python tools/bench --render FILE [--docs]
+    python tools/bench --render FILE… [--docs]
 
 Questions: ``train``, ``export`` and ``moe`` (what a save and a load cost, by workload), ``many`` (100,000 tensors),
 ``ranks`` (1, 2 and 4 with FSDP2), ``journal`` (10 to 10,000 checkpoints; start of the command line). Each peer has a
 process of its own over all rounds of a workload, and the rounds are interleaved in random order. What was measured is
-one file in FOLDER; ``--render`` prints the tables of an earlier run again, and ``--docs`` puts them and the charts
-into docs/performance.md. A peer that cannot be had or fails is a row that says so. Exit status 1 if a target was not
-met and ``--strict`` is given.
+one file in FOLDER; ``--render`` prints the tables of an earlier run again, or of one and of later ones that asked some
+of the questions again, and ``--docs`` puts them and the charts into docs/performance.md. A peer that cannot be had or
+fails is a row that says so. Exit status 1 if a target was not met and ``--strict`` is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import signal
@@ -57,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "runs" / "bench", help="where files go (default runs/bench)"
     )
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print the tables of an earlier run")
+    parser.add_argument(
+        "--render", type=Path, nargs="+", metavar="FILE", help="print the tables of an earlier run, or of several"
+    )
     parser.add_argument("--docs", action="store_true", help="also put them into docs/performance.md")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if a target is not met")
     options = parser.parse_args(arguments)
     if options.render:
-        results = rounds.Results.from_json(options.render.read_text())
+        runs = [rounds.Results.from_json(file.read_text()) for file in options.render]
+        results = functools.reduce(rounds.Results.with_later, runs)
     else:
         unknown = set(filter(None, options.only.split(","))) - set(QUESTIONS)
         unknown |= set(filter(None, options.peers.split(","))) - PEERS.keys()

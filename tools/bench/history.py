@@ -34,7 +34,6 @@ def make(folder: Path, number: int) -> None:
     import torch
 
     from ckptmgr import CheckpointManager
-    from ckptmgr.restore import Restore
     from ckptmgr.journal import Journal
     from ckptmgr.rundir import RunDirectory
 

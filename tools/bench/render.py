@@ -6,9 +6,10 @@ import dataclasses
 import html
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bench import targets
 from bench.figures import Figure, Figures
@@ -82,13 +83,17 @@ def machine(figures: Figures) -> str:
     lines = []
     if facts:
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        when = datetime.fromtimestamp(facts["began"], UTC).strftime("%Y-%m-%d") if "began" in facts else "unknown day"
         lines = [
             (
-                f"{when}: {facts['cores']} cores ({facts['processor']}), {facts['memory_bytes'] / _GIB:.0f} GiB, "
-                f"Linux {facts['kernel']}, {facts['filesystem']} on {facts['disk']}, Python {facts['python']}, "
+                f"{_day(facts)}: {facts['cores']} cores ({facts['processor']}), "
+                f"{facts['memory_bytes'] / _GIB:.0f} GiB, Linux {facts['kernel']}, "
+                f"{facts['filesystem']} on {facts['disk']}, Python {facts['python']}, "
                 f"{versions}; ckptmgr at {facts['ckptmgr']}."
-            )
+            ),
+            *(
+                f"{_day(again)}, ckptmgr at {again['ckptmgr']}: measured again, {'; '.join(again['workloads'])}."
+                for again in facts.get("again", ())
+            ),
         ]
     for word, unit in (("copy_mib_s", "one thread's copy"), ("durable_mib_s", "64 MiB written and synced")):
         values = [one[word] for one in noise if word in one]
@@ -101,6 +106,10 @@ def machine(figures: Figures) -> str:
     if options := figures.results.options:
         lines.append("Run with " + ", ".join(f"{name} {value}" for name, value in options.items()) + ".")
     return "\n".join(lines)
+
+
+def _day(facts: Mapping[str, Any]) -> str:
+    return datetime.fromtimestamp(facts["began"], UTC).strftime("%Y-%m-%d") if "began" in facts else "unknown day"
 
 
 def tables(figures: Figures) -> Iterator[tuple[str, str]]:

@@ -57,6 +57,18 @@ class Results:
         """The file's text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
+    def with_later(self, later: Results) -> Results:
+        """Both runs, of one machine: of a workload that the *later* one has measured again, only what that says."""
+        again = {"workloads": list(later.peers), **later.machine}
+        return Results(
+            machine={**self.machine, "again": [*self.machine.get("again", ()), again]},
+            options=self.options,
+            noise=[*self.noise, *later.noise],
+            peers={**self.peers, **later.peers},
+            samples=[*(row for row in self.samples if row["workload"] not in later.peers), *later.samples],
+            skipped=list(dict.fromkeys([*self.skipped, *later.skipped])),
+        )
+
     @classmethod
     def from_json(cls, text: str) -> Results:
         """What `to_json` wrote."""
