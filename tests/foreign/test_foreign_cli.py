@@ -105,6 +105,16 @@ def test_a_run_with_a_journal_is_judged_by_it(tmp_path: Path, ckptmgr: Command) 
     assert "layouts" not in json.loads(out)
 
 
+def test_a_journal_beside_the_directory_is_never_passed_by(tmp_path: Path, ckptmgr: Command) -> None:
+    """Not even where the mark that ties them together is gone."""
+    rundir = run_of_ours(tmp_path / "run")
+    made.torchtitan(rundir.path)
+    (rundir.path / RUN_ID_NAME).unlink()
+    _, out, _ = ckptmgr("check", rundir.path, "--json")
+
+    assert "layouts" not in json.loads(out)
+
+
 def test_a_run_that_lost_its_journal_is_told_to_rebuild_it(tmp_path: Path, ckptmgr: Command) -> None:
     rundir = run_of_ours(tmp_path / "run")
     made.torchtitan(rundir.path)
