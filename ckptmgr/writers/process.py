@@ -97,13 +97,13 @@ class WriterProcess:
         """
         if self._pipe is None:
             return Answer(cause="the writer process is not running")
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
         try:
             self._pipe.send(job)
         except OSError as error:
             return Answer(cause=self._give_up(f"the writer process is gone: {error}"))
         meanwhile()
-        return self._receive(deadline - time.monotonic())
+        return self._receive(timeout_s, began)
 
     def stop(self, timeout_s: float) -> None:
         """End the process: ask, wait up to *timeout_s* seconds, kill. Nothing of it is left on return."""
@@ -130,9 +130,10 @@ class WriterProcess:
         if process is not None:
             process.kill()
 
-    def _receive(self, timeout_s: float) -> Answer:
+    def _receive(self, timeout_s: float, began: float | None = None) -> Answer:
+        """The answer, if it comes within *timeout_s* of when the job *began*; of now, where that is not given."""
         assert self._pipe is not None
-        deadline = time.monotonic() + timeout_s
+        deadline = (time.monotonic() if began is None else began) + timeout_s
         try:
             if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
                 return Answer(
