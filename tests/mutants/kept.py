@@ -359,7 +359,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "                planned = self._planned(attempt, job.keep)\n"
                 "                live = self._journal.checkpoints(live_only=True)\n"
                 "                newest = dataclasses.replace(record, commit_seq=1 << 40)\n"
-                "            self._rundir.write_meta(self._journal.run_id, [*live, newest], self._series)\n",
+                "                self._rundir.write_meta(self._journal.run_id, [*live, newest], self._series)\n",
             ),
         ),
         (
