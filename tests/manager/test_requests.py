@@ -70,9 +70,10 @@ def files(run: Path) -> list[str]:
     return sorted(path.name for path in (run / requests.DIRECTORY).iterdir())
 
 
-def wait_for_no_files(run: Path) -> None:
+def wait_for_files(run: Path, *names: str) -> None:
+    """What was taken is removed after the answer has come."""
     deadline = time.monotonic() + 20
-    while files(run):
+    while files(run) != list(names):
         assert time.monotonic() < deadline, files(run)
         time.sleep(0.01)
 
@@ -112,7 +113,7 @@ def test_what_is_asked_for_is_let_go_and_the_manager_knows(keeping, run_dir: Pat
     # A step that is gone can be saved again, and resume reads what is left.
     save(manager, 1)
     assert manager.resume(state(0)).step == 1
-    assert files(run_dir) == []
+    wait_for_files(run_dir)
 
 
 def test_pins_are_set_and_taken_back_and_hold(keeping, run_dir: Path) -> None:
@@ -247,7 +248,7 @@ def test_what_nobody_waits_for_is_never_carried_out(keeping, run_dir: Path, fact
     manager = keeping()
     save(manager, 1, 2)
     ask(manager, PRUNE, rule=KeepLast(1), **facts)
-    wait_for_no_files(run_dir)
+    wait_for_files(run_dir)
 
     assert live(run_dir) == [1, 2]
 
@@ -259,7 +260,7 @@ def test_a_request_to_the_manager_that_takes_over_is_left_to_it(keeping, run_dir
     answer(manager, ask(manager, PIN, step=2))
     answer(manager, ask(manager, PIN, step=2))
 
-    assert files(run_dir) == [f"{asked.id}.asked"]
+    wait_for_files(run_dir, f"{asked.id}.asked")
     manager.close()
     later = keeping()
     assert answer(later, asked).drop.keys() == {1}
@@ -311,9 +312,7 @@ def test_what_is_no_request_is_refused(keeping, run_dir: Path) -> None:
 
     assert found.outcome == "refused"
     assert answer(manager, ask(manager, PIN, step=1)).outcome == "refused"
-    while files(run_dir) != ["README"]:  # what was taken is removed once it is answered
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_files(run_dir, "README")
 
 
 def test_a_disk_that_refuses_ends_nothing(keeping, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
