@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,6 @@ EXAMPLES = """\
   ckptmgr prune runs/alpha --keep-last 1 --json | jq .bytes"""
 
 COMMAND = "ckptmgr prune"
-_HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24, "w": 24 * 7}
 #: Between two looks how far a manager is with deleting.
 _LOOK_S = 0.5
 _MOST_LOOKED_AT = 20
@@ -72,10 +70,7 @@ def every(text: str) -> KeepRule:
 
 def within(text: str) -> KeepRule:
     """The argparse type of ``--keep-within``."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age: give a number and s, m, h, d or w, as in 7d")
-    return _rule(lambda: KeepFor(float(match[1]) * _HOURS[match[2]]))
+    return _rule(lambda: KeepFor(target.period(text) / 3600))
 
 
 def best(text: str) -> KeepRule:

@@ -326,6 +326,28 @@ def test_a_disk_that_refuses_ends_nothing(keeping, run_dir: Path, monkeypatch: p
     assert answer(manager, ask(manager, PRUNE, rule=KeepLast(1))).drop.keys() == {1}
 
 
+def test_a_request_that_is_taken_back_between_being_read_and_being_taken_is_not_carried_out(
+    keeping, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = keeping()
+    save(manager, 1, 2)
+    read, withdrawn = requests.read, threading.Event()
+
+    def read_and_lose(run: Path, id: str) -> requests.Request | None:
+        found = read(run, id)
+        if not withdrawn.is_set():
+            assert requests.withdraw(run, id)
+            withdrawn.set()
+        return found
+
+    monkeypatch.setattr(requests, "read", read_and_lose)
+    ask(manager, PRUNE, rule=KeepLast(1))
+    assert withdrawn.wait(20)
+    assert answer(manager, ask(manager, PIN, step=2)).outcome == "done"
+
+    assert live(run_dir) == [1, 2]
+
+
 def test_what_an_earlier_manager_left_is_swept_away_at_start(keeping, run_dir: Path) -> None:
     keeping().close()
     folder = run_dir / requests.DIRECTORY
