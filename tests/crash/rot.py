@@ -219,7 +219,8 @@ class Damage:
             path = folder / self.name
             match self.how:
                 case "flip":
-                    flip(path, self.at, self.bit)
+                    # A manifest of another step may be a digit of a time shorter.
+                    flip(path, min(self.at, path.stat().st_size - 1), self.bit)
                 case "truncate":
                     os.truncate(path, self.at)
                 case "extend":
