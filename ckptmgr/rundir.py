@@ -700,8 +700,14 @@ class RunDirectory:
         return body if isinstance(body, dict) else None
 
     def point_latest(self, series: str, record: CheckpointRecord | None) -> None:
-        """Let ``<series>/hf-latest`` name the newest committed export, swapped atomically; None removes it."""
+        """
+        Let ``<series>/hf-latest`` name the newest committed export, swapped atomically; None removes it.
+
+        Where the directory of the series is gone there is nothing to name.
+        """
         link = self._inside(f"{series}/{LATEST_NAME}")
+        if not os.path.lexists(link.parent):
+            return
         if os.path.lexists(link) and not link.is_symlink():
             raise UnsafePath(f"{link} is not a link", path=str(link), reason="not ours")
         current = str(link.readlink()) if link.is_symlink() else None

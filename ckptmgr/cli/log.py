@@ -50,6 +50,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
                     out.document(describe.transition(row))
             elif chosen:
                 table.add(_cells(chosen))
+            elif not args.follow:
+                out.note("no transitions yet")
             if not args.follow or out.reader_left:
                 return Exit.OK
             time.sleep(FOLLOW_EVERY_S)
