@@ -194,16 +194,24 @@ def _member(holder: Any, name: Any) -> _MEM_FORMAT_ENCODING:
     return _MEM_FORMAT_ENCODING[name]
 
 
+def _path(*parts: Any) -> None:
+    """Where somebody saved it, as PyTorch notes in `StorageMeta`: of no use, and `check` drops that."""
+    if any(type(part) is not str for part in parts):
+        raise pickle.UnpicklingError("a path that is none")
+
+
 _Index.names = {
     **archives.DTYPES,
     **{f"{kind.__module__} {kind.__name__}": kind for kind in (*_CLASSES, _MEM_FORMAT_ENCODING)},
     "torch Size": torch.Size,
     "torch.serialization _get_layout": torch.serialization._get_layout,
     "builtins getattr": getattr,
+    **{f"{module} {kind}Path": _path for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix")},
 }
 _Index.calls = {
     id(torch.Size): archives.size,
     id(torch.serialization._get_layout): archives.layout,
     id(getattr): _member,
     id(_MEM_FORMAT_ENCODING): _encoding,
+    id(_path): _path,
 }
