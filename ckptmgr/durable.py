@@ -309,6 +309,23 @@ def replace_link(path: Path, target: str, *, scratch: str) -> None:
     sync_directory(path.parent)
 
 
+def second_name(descriptor: int, path: Path) -> None:
+    """
+    Give the open file a second name that must not exist, whatever its first one stands for by now, and sync its bytes.
+
+    The name is durable only after `sync_directory` of its parent.
+
+    Raises:
+        OSError: The file system cannot, the kernel refuses, or it is another one (EXDEV).
+    """
+    os.fsync(descriptor)
+    with reach.naming(path), reach.parent(path) as (folder, name):
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder, follow_symlinks=True)
+        made, found = os.stat(name, dir_fd=folder, follow_symlinks=False), os.fstat(descriptor)
+    if (made.st_dev, made.st_ino) != (found.st_dev, found.st_ino):
+        raise OSError(errno.EINVAL, "the second name stands for another file", str(path))
+
+
 def remove_file(path: Path) -> None:
     """Remove a file or a symbolic link (never what it points to), durably; a missing one is fine."""
     _remove_file(path)

@@ -38,6 +38,8 @@ FINDINGS: Mapping[str, str] = {
     "R012": "a published checkpoint that is newer than all others is not known to the journal",
     "R013": "a file that was not committed stands in the directory of a checkpoint",
     "R014": "meta.json or a latest link does not say what the journal says",
+    "R015": "the checkpoint to resume from is of an earlier step than was asked for",
+    "R016": "the checkpoint to resume from was committed longer ago than was asked for",
 }
 DAMAGE = frozenset({"R002", "R003", "R004", "R005", "R011"})
 
@@ -71,6 +73,15 @@ class Verdict(enum.StrEnum):
     CORRUPT = "corrupt"
     #: None can be resumed from under these circumstances, but not all are damaged.
     UNSAFE = "unsafe"
+
+
+#: From good to bad.
+_ORDER = (Verdict.SAFE, Verdict.OLDER, Verdict.NONE, Verdict.UNSAFE, Verdict.CORRUPT)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """What several of them come to, where all are needed; at least one."""
+    return max(verdicts, key=_ORDER.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +138,22 @@ class ResumeReport:
     candidates: tuple[Candidate, ...]
     #: Findings about no candidate: failed, unfinished, unknown.
     findings: tuple[Finding, ...]
+    #: What was demanded and the newest safe one does not fulfil; then none is chosen. See `demand`.
+    unmet: tuple[Finding, ...] = ()
 
     @property
     def chosen(self) -> CheckpointRecord | None:
-        """The newest checkpoint that is safe to resume from."""
+        """The newest checkpoint that is safe to resume from, if it is all that was demanded."""
+        return None if self.unmet else self._newest_safe
+
+    @property
+    def _newest_safe(self) -> CheckpointRecord | None:
         return next((candidate.record for candidate in self.candidates if candidate.safe), None)
 
     @property
     def newest_is_safe(self) -> bool:
         """Whether the newest committed checkpoint is the chosen one, and no newer one is unknown to the journal."""
-        return bool(self.candidates) and self.candidates[0].safe and not self._overlooks_one
+        return bool(self.candidates) and self.candidates[0].safe and not self._overlooks_one and not self.unmet
 
     @property
     def passed_over(self) -> tuple[Finding, ...]:
@@ -147,7 +164,7 @@ class ResumeReport:
             if candidate.record is chosen:
                 break
             newer += candidate.findings
-        return tuple(finding for finding in newer if finding.level is Level.ERROR)
+        return (*self.unmet, *(finding for finding in newer if finding.level is Level.ERROR))
 
     @property
     def _overlooks_one(self) -> bool:
@@ -158,6 +175,8 @@ class ResumeReport:
         """What it comes to, in one word."""
         if not self.candidates:
             return Verdict.UNSAFE if self._overlooks_one else Verdict.NONE
+        if self.unmet:
+            return Verdict.UNSAFE
         if self.newest_is_safe:
             return Verdict.SAFE
         if self.chosen is not None:
@@ -166,8 +185,9 @@ class ResumeReport:
 
     @property
     def all_findings(self) -> tuple[Finding, ...]:
-        """General findings first, then those of each candidate, newest first."""
-        return (*self.findings, *(finding for candidate in self.candidates for finding in candidate.findings))
+        """General findings first, then those of each candidate, newest first, and what was demanded last."""
+        of_candidates = (finding for candidate in self.candidates for finding in candidate.findings)
+        return (*self.findings, *of_candidates, *self.unmet)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able facts."""
@@ -180,7 +200,7 @@ class ResumeReport:
             if chosen is None
             else {"checkpoint_id": chosen.id, "step": chosen.step, "directory": chosen.directory},
             "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [finding.to_dict() for finding in (*self.findings, *self.unmet)],
         }
 
 
@@ -418,6 +438,34 @@ def of_projections(wrong: Sequence[str], series: str) -> tuple[Finding, ...]:
     """Findings about ``meta.json`` and the latest links, from what `RunDirectory.stale_projections` found."""
     hint = "nothing is decided by it; the next start of a manager or `ckptmgr recover RUN --apply` makes it anew"
     return tuple(Finding("R014", Level.WARNING, text, hint, series) for text in wrong)
+
+
+def demand(
+    report: ResumeReport, *, min_step: int | None = None, max_age_s: float | None = None, now: float = 0.0
+) -> ResumeReport:
+    """
+    The same report, with what speaks against the checkpoint to resume from although it is safe.
+
+    An older one is never taken instead: what is demanded is about how far the run has come. Pure.
+
+    Args:
+        report: As `check` made it.
+        min_step: The least step that will do.
+        max_age_s: For how many seconds it may have been committed, at most.
+        now: Unix seconds.
+    """
+    record = report.chosen
+    if record is None:
+        return report
+    unmet = []
+    if min_step is not None and record.step < min_step:
+        text = f"{record.directory} is of step {record.step}, and step {min_step} or later was asked for"
+        unmet.append(_error("R015", record, text, "was the right run given? `ckptmgr log RUN` says what became of it"))
+    age = now - (record.committed_at or 0.0)
+    if max_age_s is not None and age > max_age_s:
+        text = f"{record.directory} was committed {age:.0f} s ago, and {max_age_s:.0f} s is the most that was asked for"
+        unmet.append(_error("R016", record, text, "`ckptmgr log RUN` says why nothing newer was committed"))
+    return dataclasses.replace(report, unmet=tuple(unmet))
 
 
 def shares(files: Iterable[FileEntry], ranks: int, *, as_saved: bool) -> list[list[FileEntry]]:

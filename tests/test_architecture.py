@@ -24,7 +24,7 @@ LAYERS = [
     {"retention", "recovery", "resume", "storage", "durability"},
     {"rebuild"},
     {"journal", "rundir", "ranks", "writers", "requests", "foreign"},
-    {"series", "commit", "doctor"},
+    {"series", "commit", "doctor", "adoption"},
     {"answers", "calls", "capture", "finalizer", "verify"},
     {"restore"},
     {"manager", "cli", "integrations"},

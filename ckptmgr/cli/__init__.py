@@ -35,6 +35,7 @@ COMMANDS = {
     "watch": "show a run live: what is in flight, how far each rank is, the last commit and the last failure",
     "stats": "say what checkpoints take and cost: space, growth, time, failures, and when the disk is full",
     "recover": "say what a crash left and what would be done about it; --apply does it",
+    "adopt": "bring checkpoints that ckptmgr did not write under the journal of a run; --apply does it",
     "prune": "say which checkpoints would go by these keep rules, and why the rest stays; --apply lets them go",
     "pin": "keep a checkpoint whatever the keep rules say",
     "unpin": "leave a pinned checkpoint to the keep rules again",
@@ -48,6 +49,8 @@ COMMANDS = {
 #: What a command is about, and what that is, unless it says otherwise.
 TARGET = ("RUN", "a run directory, or its .journal.db file")
 
+#: Commands whose result may be longer than a screen, and is at hand at once.
+PAGED = frozenset({"ls", "show", "log", "check", "why", "stats", "prune", "adopt"})
 #: Commands that are about nothing that has a journal.
 WITHOUT_JOURNAL = frozenset({"completion"})
 
@@ -141,14 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(words).parse_args(words)
         out = Output(
-            as_json=args.json, run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())]
+            as_json=args.json,
+            run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())],
+            paged=args.command in PAGED and not getattr(args, "follow", False),
         )
         return int(command_file(args.command).run(args, out))
     except SystemExit as end:
-        out.finish()
         return int(end.code or 0)
     except BaseException as error:  # noqa: BLE001 — the outermost frame: whatever it is, it becomes an exit status
         return failed(error, out)
+    finally:
+        out.finish()
 
 
 def failed(error: BaseException, out: Output) -> Exit:

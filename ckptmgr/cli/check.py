@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptmgr import recovery, resume
 from ckptmgr.cli import describe, foreign, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, Progress
-from ckptmgr.errors import JournalError
+from ckptmgr.errors import InvalidArgument, JournalError
 from ckptmgr.resume import ResumeReport, Verdict
 
 if TYPE_CHECKING:
@@ -26,12 +29,18 @@ speaks against it. Sizes are always compared with what was committed; --deep
 also reads every byte and compares the digests, of all series unless --series
 or --step is given.
 
+As a gate in a launch script it can ask for more: other series that must be
+safe too (--require), how far the run must have come (--min-step) and how long
+ago that may have been (--max-age). With --allow-empty a run that has never
+committed anything passes, as the first start must.
+
 A directory without a journal is judged by its files, if it has checkpoints of
 xtuner, Megatron, DeepSpeed, Hugging Face, Lightning, Orbax,
 torch_checkpointing, or torch.distributed.checkpoint (torchtitan)."""
 EXAMPLES = """\
   ckptmgr check runs/alpha
-  ckptmgr check runs/alpha --world-size 16
+  ckptmgr check runs/alpha --world-size 16 --allow-empty
+  ckptmgr check runs/alpha --require hf --min-step 10000 --max-age 12h
   ckptmgr check work_dirs/somebody-elses
   ckptmgr check runs/alpha --deep --json | jq '.reports[].candidates'"""
 
@@ -45,6 +54,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N", type=target.step, help="judge only the checkpoint of this step")
     parser.add_argument("--world-size", metavar="N", type=world_size, help="how many ranks will resume")
     parser.add_argument("--deep", action="store_true", help="read every byte and verify the digests")
+    parser.add_argument("--require", metavar="NAME,...", type=names, default=(), help="series that must be safe too")
+    parser.add_argument("--min-step", metavar="N", type=target.step, help="an earlier step is not safe")
+    parser.add_argument(
+        "--max-age", metavar="AGE", type=target.period, help="one committed longer ago is not safe, such as 12h"
+    )
+    parser.add_argument("--allow-empty", action="store_true", help="0 if nothing was ever committed: a first start")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The argparse type of series, separated by commas."""
+    from ckptmgr.rundir import check_series_name
+
+    try:
+        return tuple(dict.fromkeys(check_series_name(name) for name in text.split(",")))
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def world_size(text: str) -> int:
@@ -57,42 +82,57 @@ def world_size(text: str) -> int:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Print the findings and the verdict."""
-    if (elsewhere := foreign.directory(args)) is not None:
-        return foreign.run(args, out, elsewhere)
+    if (elsewhere := foreign.directory(args)) is not None and (code := foreign.run(args, out, elsewhere)) is not None:
+        return code
+    if args.allow_empty and _has_never_been(args):
+        return _say_empty(out, target.document(target.locate(args), None), args.series or target.DEFAULT_SERIES)
     with target.reading(args, directory=True) as (journal, rundir):
-        series = target.choose_series(journal, args.series)
+        series = _main_series(journal, args)
+        asked = tuple(dict.fromkeys((series, *args.require)))
         everything = args.deep and args.series is None and args.step is None
-        others = [name for name in journal.series() if name != series] if everything else []
-        report, *beside = [
+        others = [name for name in journal.series() if name not in asked] if everything else []
+        reports = [
             judge(
                 journal, rundir, name, step=args.step, world_size=args.world_size, deep_for=out if args.deep else None
             )
-            for name in (series, *others)
+            for name in (*asked, *others)
         ]
+        wanted = [
+            resume.demand(one, min_step=args.min_step, max_age_s=args.max_age, now=time.time())
+            for one in reports[: len(asked)]
+        ]
+        beside = reports[len(asked) :]
         if rundir.path.is_dir() and target.live_epoch(journal) is None:
             # While a manager runs they may lag behind for a moment.
             stale = rundir.stale_projections(journal.run_id, journal.checkpoints(live_only=True))
-            report = dataclasses.replace(report, findings=(*report.findings, *resume.of_projections(stale, series)))
+            projections = resume.of_projections(stale, series)
+            wanted[0] = dataclasses.replace(wanted[0], findings=(*wanted[0].findings, *projections))
         about = target.document(rundir, journal.run_id)
-    damaged = args.deep and any(candidate.damaged for one in (report, *beside) for candidate in one.candidates)
-    code = Exit.CORRUPT if damaged and report.verdict is Verdict.SAFE else status(report)
+        if args.allow_empty and all(_is_empty(journal, one) for one in wanted):
+            return _say_empty(out, about, series)
+    worst = resume.worst([one.verdict for one in wanted])
+    damaged = args.deep and any(candidate.damaged for one in (*wanted, *beside) for candidate in one.candidates)
+    code = Exit.CORRUPT if damaged and worst is Verdict.SAFE else describe.STATUS_OF[worst]
+    report = wanted[0]
+    # A path is to be used: there is none unless everything that was asked for can be.
+    usable = worst in (Verdict.SAFE, Verdict.OLDER)
     if out.as_json:
-        chosen = report.chosen
+        chosen = report.chosen if usable else None
         out.document(
             {
                 "run": about,
                 "exit_code": int(code),
                 "series": series,
-                "verdict": report.verdict.value,
+                "verdict": worst.value,
                 "path": str(rundir.absolute(chosen.directory)) if chosen is not None else None,
                 "step": chosen.step if chosen is not None else None,
                 "deep": args.deep,
                 "damaged": damaged,
-                "reports": [one.to_dict() for one in (report, *beside)],
+                "reports": [one.to_dict() for one in (*wanted, *beside)],
             }
         )
         return code
-    findings = [finding for one in (report, *beside) for finding in one.all_findings]
+    findings = [finding for one in (*wanted, *beside) for finding in one.all_findings]
     if findings:
         out.table("LEVEL", "ID", "SERIES", "STEP", "FINDING", right=("STEP",)).add(
             [
@@ -104,12 +144,61 @@ def run(args: argparse.Namespace, out: Output) -> int:
             ]
             for finding in findings
         )
-    out.line(verdict_line(report, rundir))
-    if report.chosen is not None and not args.deep:
+    for one in wanted:
+        out.line(verdict_line(one, rundir))
+    if any(one.chosen is not None for one in wanted) and not args.deep:
         out.note("only names and sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
-    if code is Exit.CORRUPT and report.verdict is Verdict.SAFE:
+    if code is Exit.CORRUPT and worst is Verdict.SAFE:
         out.line(Painted("but damage was found: see the errors above", "red"))
     return code
+
+
+def _main_series(journal: Questions, args: argparse.Namespace) -> str:
+    """What the path is of; where that would be any of several, the first that is required."""
+    known = journal.series()
+    if args.series is None and args.require and target.DEFAULT_SERIES not in known and len(known) > 1:
+        return str(args.require[0])
+    return target.choose_series(journal, args.series)
+
+
+def _has_never_been(args: argparse.Namespace) -> bool:
+    """
+    Whether nothing at all says that there was a run: no journal, and no directory with the mark of one.
+
+    Raises:
+        InvalidArgument: The directory that it would be in is not there; a file system may not be mounted.
+    """
+    rundir = target.locate(args)
+    with contextlib.suppress(FileNotFoundError):
+        # A crash can leave an empty one before anything is in it.
+        if os.lstat(rundir.journal_path).st_size:
+            return False
+    if rundir.run_id() is not None:
+        return False
+    if not rundir.path.parent.is_dir():
+        raise InvalidArgument(
+            f"there is no directory {rundir.path.parent} in which the run could be",
+            hint="mount it or make it first: a run that is elsewhere would be started anew",
+        )
+    return True
+
+
+def _is_empty(journal: Questions, report: ResumeReport) -> bool:
+    """Whether nothing of the series was ever committed, and nothing is there that its journal does not know."""
+    return report.verdict is Verdict.NONE and not journal.has_committed(report.series)
+
+
+def _say_empty(out: Output, about: dict[str, Any], series: str) -> int:
+    if out.as_json:
+        out.document(
+            {
+                "run": about, "exit_code": 0, "series": series, "verdict": Verdict.NONE.value, "path": None,
+                "step": None, "deep": False, "damaged": False, "reports": [],
+            }
+        )  # fmt: skip
+    else:
+        out.line("nothing was ever committed here: a first start")
+    return Exit.OK
 
 
 def judge(
@@ -210,14 +299,11 @@ def verify_digests(
     return looked
 
 
-def status(report: ResumeReport) -> Exit:
-    """The exit status that a verdict means."""
-    return describe.STATUS_OF[report.verdict]
-
-
 def verdict_line(report: ResumeReport, rundir: RunDirectory) -> Painted:
     """The answer in one line, naming the path to resume from."""
     if report.chosen is None:
+        if report.unmet:
+            return Painted(f"not what was asked for: {'; '.join(finding.text for finding in report.unmet)}", "red")
         reason = {
             Verdict.NONE: f"nothing to resume from: series {report.series!r} has no committed checkpoint",
             Verdict.CORRUPT: f"not safe to resume: no checkpoint of series {report.series!r} is intact",

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     for name, parser in commands(whole):
         parser.description = COMMANDS[name]
         for action in parser._actions:
-            if action.dest == "journal" or (action.dest == "run" and name != "completion"):
+            if action.dest in ("journal", "source") or (action.dest == "run" and name != "completion"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
             elif action.dest == "run":
                 action.choices = SHELLS

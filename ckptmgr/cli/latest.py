@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ckptmgr.cli import check, target
+from ckptmgr.cli import check, describe, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output
 from ckptmgr.resume import Verdict
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         about = target.document(rundir, journal.run_id)
     chosen = report.chosen
     path = str(rundir.absolute(chosen.directory)) if chosen is not None else None
-    status = Exit.OK if chosen is not None else check.status(report)
+    status = Exit.OK if chosen is not None else describe.STATUS_OF[report.verdict]
     if out.as_json:
         out.document(
             {

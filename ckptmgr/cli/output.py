@@ -4,7 +4,8 @@ Everything the command prints goes through here.
 Results go to stdout and all else to stderr. With ``--json`` stdout carries the document and nothing
 else, and stderr stays empty but for the traceback of a bug. Text is cleaned of control characters
 at this one door, since names and reasons come from files that anyone may have written. Colour and
-line wrapping happen on a terminal only: what a pipe receives does not depend on where it runs.
+line wrapping happen on a terminal only: what a pipe receives does not depend on where it runs. There, too, a result
+that is longer than the screen is given to a pager.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 #: RUN as a word of its own; in a path it is somebody's directory.
 _RUN = re.compile(r"(?<= )RUN(?=[ `]|$)")
@@ -54,15 +56,19 @@ class Output:
     Args:
         as_json: Print documents instead of text.
         run: The words that stand for RUN in hints, or None before they are known.
+        paged: Whether a result may be read with a pager; then `finish` must be called.
     """
 
-    def __init__(self, *, as_json: bool, run: Sequence[str] | None = None) -> None:
+    def __init__(self, *, as_json: bool, run: Sequence[str] | None = None, paged: bool = False) -> None:
         self.as_json = as_json
         self.reader_left = False
         self._run = shlex.join(run) if run else "RUN"
         terminal = sys.stdout.isatty()
         self._colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._width = shutil.get_terminal_size().columns if terminal else None
+        self._pager: subprocess.Popen[str] | None = None
+        #: What may turn out to be more than the screen has room for; None if no pager would be started.
+        self._held = "" if paged and terminal and not as_json and _pager() else None
         self._progress_shown_at: float | None = None
         self._drawn = 0
 
@@ -112,7 +118,7 @@ class Output:
 
     def progress(self, text: Callable[[], str] | None) -> None:
         """Show one line that replaces itself, on a terminal and not more often than is worth it; None ends it."""
-        if self.as_json or not sys.stderr.isatty():
+        if self.as_json or self._pager is not None or not sys.stderr.isatty():
             return
         now = time.monotonic()
         if text is None:
@@ -150,8 +156,17 @@ class Output:
         return value
 
     def finish(self) -> None:
-        """Print what argparse has left in the buffer, or drop it if nobody reads it."""
-        self._write(sys.stdout, "")
+        """Print what is held back, or argparse has left in the buffer, and wait for who reads it to leave the pager."""
+        held, self._held = self._held, None
+        self._write(sys.stdout, held or "")
+        if self._pager is not None:
+            pager, self._pager = self._pager, None
+            with contextlib.suppress(OSError):
+                pager.stdin.close()  # type: ignore[union-attr]
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):  # which is the pager's to understand
+                    pager.wait()
+                    return
 
     def _render(self, spans: Iterable[Span]) -> str:
         return "".join(self._paint(span) for span in spans)
@@ -163,20 +178,49 @@ class Output:
             return clean(span.text)
         return f"\x1b[{_COLOURS[span.colour]}m{clean(span.text)}\x1b[0m"
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def _write(self, stream: IO[str], text: str) -> None:
+        if self._held is not None and stream is sys.stdout:
+            self._held += text
+            if self._held.count("\n") < shutil.get_terminal_size().lines:
+                return
+            text, self._held = self._held, None
+            self._pager = _started(_pager())
+        elif self._held:
+            held, self._held = self._held, ""
+            self._write_now(sys.stdout, held)
+        reader = self._pager.stdin if self._pager is not None else None
+        self._write_now(reader or stream, text)
+
+    def _write_now(self, stream: IO[str], text: str) -> None:
         try:
             stream.write(text)
             stream.flush()
         except BrokenPipeError:
             self._reader_left(stream)
 
-    def _reader_left(self, stream: TextIO) -> None:
+    def _reader_left(self, stream: IO[str]) -> None:
         """Let the rest, the interpreter's own last flush included, go nowhere."""
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
-        self.reader_left = self.reader_left or stream is sys.stdout
+        self.reader_left = self.reader_left or stream is not sys.stderr
+
+
+def _pager() -> list[str]:
+    """The words of the pager that the environment asks for; none if it wants none, or there is none."""
+    words = shlex.split(os.environ.get("CKPTMGR_PAGER", os.environ.get("PAGER", "less")))
+    if not words or words == ["cat"] or os.environ.get("TERM") == "dumb" or shutil.which(words[0]) is None:
+        return []
+    return words
+
+
+def _started(words: Sequence[str]) -> subprocess.Popen[str] | None:
+    environment = {"LESS": "RX", **os.environ}  # colours as they are, and the text stays when it is left
+    try:
+        return subprocess.Popen(words, stdin=subprocess.PIPE, text=True, errors="backslashreplace", env=environment)
+    except OSError:
+        return None
 
 
 class Progress:

@@ -102,9 +102,14 @@ def locked(rundir: RunDirectory, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def changing(rundir: RunDirectory, command: str) -> Iterator[Journal]:
+def changing(rundir: RunDirectory, command: str, *, create: bool = False) -> Iterator[Journal]:
     """
     The run's journal, opened for writing under the run lock; for a change, `epoch` comes next.
+
+    Args:
+        rundir: The run.
+        command: Who holds the lock.
+        create: Begin a new run where there was none.
 
     Raises:
         RunLocked: Another process holds the run lock.
@@ -113,14 +118,21 @@ def changing(rundir: RunDirectory, command: str) -> Iterator[Journal]:
     """
     from ckptmgr.journal import Journal
 
-    require_journal(rundir)
-    if not rundir.path.is_dir():
-        raise InvalidArgument(f"there is no run directory {rundir.path}", hint="put it back, or mount it, first")
+    if create:
+        rundir.require_journal()
+    else:
+        require_journal(rundir)
+    needed = rundir.path.parent if create else rundir.path
+    if not needed.is_dir():
+        what = "directory" if create else "run directory"
+        raise InvalidArgument(f"there is no {what} {needed}", hint="put it back, or mount it, first")
     with locked(rundir, command):
-        _refuse_to_migrate(rundir)
-        with Journal.open(rundir.journal_path) as journal:
+        # A crash can leave a new one empty.
+        with contextlib.suppress(*(JournalNotFound,) if create else ()):
+            _refuse_to_migrate(rundir)
+        with Journal.open(rundir.journal_path, file_mode=rundir.permissions.file_mode) as journal:
             # What is not there would be given up.
-            rundir.require_pair(journal.run_id, managed=bool(journal.series()))
+            (rundir.pair if create else rundir.require_pair)(journal.run_id, managed=bool(journal.series()))
             yield journal
 
 
@@ -233,7 +245,10 @@ def require_series(journal: Questions, asked: str | None) -> None:
     """
     known = journal.series()
     if asked is not None and asked not in known:
-        raise InvalidArgument(f"no series {asked!r} in this run; it has {', '.join(known) or 'none yet'}")
+        raise InvalidArgument(
+            f"no series {asked!r} in this run; it has {', '.join(known) or 'none yet'}",
+            hint="`ckptmgr ls RUN` shows what there is",
+        )
 
 
 def live_epoch(journal: Questions) -> int | None:

@@ -8,6 +8,7 @@ Only read, never unpickled freely, without torch; no link is followed and nothin
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ckptmgr.errors import CheckpointError
@@ -69,7 +70,8 @@ def judge(directory: Path, asked: Asked | None = None) -> ForeignReport | None:
                     each.checkpoints = new
                     found.append(each)
                     claimed |= {one.path for one in new}
-    return ForeignReport(directory, tuple(_judged(each, asked) for each in found)) if found else None
+    judged = tuple(_judged(each, asked) for each in found)
+    return ForeignReport(directory, judged, asked.required) if judged else None
 
 
 def _judged(found: Found, asked: Asked) -> Judged:
@@ -79,7 +81,15 @@ def _judged(found: Found, asked: Asked) -> Judged:
     )
     if not candidates:
         found.faults.add("F001", "", "" if asked.step is None else f"step {asked.step}")
-    return Judged(found.layout, found.series, found.means, candidates, found.faults.findings())
+    judged = Judged(found.layout, found.series, found.means, candidates, found.faults.findings())
+    newest = judged.chosen
+    if asked.min_step is None or newest is None or (newest.step is not None and newest.step >= asked.min_step):
+        return judged
+    behind = Faults()
+    behind.add(
+        "F018", "", f"{newest.step if newest.step is not None else 'one that is not known'}, not {asked.min_step}"
+    )
+    return dataclasses.replace(judged, unmet=behind.findings(newest.path, newest.step))
 
 
 def _candidate(checkpoint: Checkpoint, asked: Asked) -> Candidate:

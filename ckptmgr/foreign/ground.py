@@ -48,9 +48,16 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What somebody wants to know. ``progress`` is called with the number of bytes just read by ``deep``."""
+    """
+    What somebody wants to know.
+
+    Of the newest complete checkpoints, *min_step* is the least step that will do; *required* are series that are asked
+    about besides what a training resumes from. *progress* is called with the number of bytes just read by *deep*.
+    """
 
     step: int | None = None
+    min_step: int | None = None
+    required: frozenset[str] = frozenset()
     world_size: int | None = None
     deep: bool = False
     progress: Callable[[int], None] = lambda _: None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.errors import printable
-from ckptmgr.resume import Level, Verdict
+from ckptmgr.resume import Level, Verdict, worst
 
 #: Every finding there is: id → what it means. Ids are never reused for something else.
 FINDINGS: Mapping[str, str] = {
@@ -35,6 +35,7 @@ FINDINGS: Mapping[str, str] = {
     "F015": "something was not looked at, or cannot be told from the files",
     "F016": "a link, a pipe or a device stands where a file or directory should be",
     "F017": "a checkpoint says of itself that it is of another step",
+    "F018": "it is of an earlier step than was asked for",
 }
 DAMAGE = frozenset({"F002", "F003", "F004", "F005", "F006", "F007", "F008", "F009", "F017"})
 #: Those that are warnings unless said otherwise.
@@ -50,6 +51,7 @@ _HINTS = {
     "F014": "resume with as many ranks as saved it",
     "F015": "for this part, take what is said of the checkpoint with care",
     "F016": "no link is followed: give the directory that it leads to",
+    "F018": "was the right directory given?",
 }
 #: Names that a finding spells out in its text, and that it carries.
 _SHOWN = 3
@@ -139,6 +141,8 @@ class Judged:
     candidates: tuple[Candidate, ...]
     #: About no single checkpoint.
     findings: tuple[Finding, ...]
+    #: What was asked for and the newest complete one does not fulfil; then none is chosen.
+    unmet: tuple[Finding, ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -147,23 +151,22 @@ class Judged:
 
     @property
     def chosen(self) -> Candidate | None:
-        """The newest complete one."""
-        return next((candidate for candidate in self.candidates if candidate.complete), None)
+        """The newest complete one, if it is what was asked for."""
+        complete = (candidate for candidate in self.candidates if candidate.complete)
+        return None if self.unmet else next(complete, None)
 
     @property
     def verdict(self) -> Verdict:
         """What it comes to, in the words of the resume check."""
         if not self.candidates:
             return Verdict.NONE
+        if self.unmet:
+            return Verdict.UNSAFE
         if self.chosen is self.candidates[0]:
             return Verdict.SAFE
         if self.chosen is not None:
             return Verdict.OLDER
         return Verdict.CORRUPT if all(candidate.damaged for candidate in self.candidates) else Verdict.UNSAFE
-
-
-#: From good to bad.
-_ORDER = (Verdict.SAFE, Verdict.OLDER, Verdict.NONE, Verdict.UNSAFE, Verdict.CORRUPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +175,19 @@ class ForeignReport:
 
     directory: Path
     layouts: tuple[Judged, ...]
+    #: Series that are asked about besides.
+    required: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> tuple[Judged, ...]:
-        """Those that the verdict is about: what a training can be resumed from, or the exports if that is all."""
-        return tuple(judged for judged in self.layouts if judged.trains) or self.layouts
+        """What the verdict is about: what a training can be resumed from, or the exports if that is all or required."""
+        asked = tuple(judged for judged in self.layouts if judged.trains or judged.series in self.required)
+        return asked or self.layouts
 
     @property
     def verdict(self) -> Verdict:
         """The worst of `asked`."""
-        return max((judged.verdict for judged in self.asked), key=_ORDER.index)
+        return worst(judged.verdict for judged in self.asked)
 
     @property
     def chosen(self) -> Candidate | None:
@@ -213,7 +219,11 @@ class ForeignReport:
                             "path": str(self.absolute(candidate)),
                             "step": candidate.step,
                             "complete": candidate.complete,
-                            "findings": [finding.to_dict() for finding in candidate.findings],
+                            "findings": [
+                                finding.to_dict()
+                                for finding in (*candidate.findings, *judged.unmet)
+                                if finding.path == candidate.path
+                            ],
                         }
                         for candidate in judged.candidates
                     ],

@@ -217,6 +217,12 @@ class Questions:
             rows = _rows(connection, query, series, newest[0]["id"] if newest else 0, -1 if count is None else count)
         return [self._record(row) for row in reversed(rows)]
 
+    def has_committed(self, series: str) -> bool:
+        """Whether any checkpoint of *series* was ever COMMITTED, retired ones included."""
+        with self._database.reading() as connection:
+            query = "SELECT 1 FROM checkpoint WHERE series = ? AND commit_seq IS NOT NULL LIMIT 1"
+            return connection.execute(query, (series,)).fetchone() is not None
+
     def count(self, series: str) -> int:
         """How many attempts of *series* there have been."""
         with self._database.reading() as connection:

@@ -125,7 +125,9 @@ def test_every_flag_of_a_command_is_documented_and_no_other(command: str) -> Non
     (synopsis,) = re.findall(r"^    (ckptmgr .*)$", section, flags=re.MULTILINE)
     words = [action.metavar or action.dest for action in actions if not action.option_strings]
     assert synopsis.split()[1 : 2 + len(words)] == [command, *words]
-    assert set(re.findall(r"\[(--[a-z-]+)", synopsis)) == {flag for flag in flags if flag.startswith("--")} - {"--help"}
+    assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", synopsis)) == {flag for flag in flags if flag.startswith("--")} - {
+        "--help"
+    }
 
 
 def test_the_exit_statuses_are_documented_and_no_other() -> None:
@@ -300,6 +302,19 @@ def test_json_of_check_without_a_journal(tmp_path: Path, ckptmgr: Call) -> None:
 
     assert_documented("Without a journal", documents)
     assert [document["exit_code"] for document in documents] == [0, 4, 3]
+
+
+def test_json_of_adopt(tmp_path: Path, run: Run, ckptmgr: Call) -> None:
+    for step in (1, 2, 3):
+        run.save(step)
+    (run.directory / "checkpoint").rename(tmp_path / "theirs")
+    (tmp_path / "theirs/step-2/model.bin").write_bytes(b"")
+    (tmp_path / "theirs/step-3").rename(tmp_path / "theirs/final")
+    words = ("adopt", tmp_path / "new", "--from", tmp_path / "theirs", "--json")
+    documents = [ckptmgr(*words).json, ckptmgr(*words, "--apply").json, ckptmgr(*words).json]
+
+    assert_documented("ckptmgr adopt", documents)
+    assert [document["exit_code"] for document in documents] == [0, 0, 3]
 
 
 def test_json_of_verify(full: Run, ckptmgr: Call) -> None:

@@ -45,12 +45,13 @@ COMMAND_LINES = [
     ["pin", "500"],
     ["unpin", "500"],
     ["metrics"],
+    ["adopt", "--from", "."],
     ["completion"],
     ["doctor", "--json"],
 ]
 #: They write a file or never end, so that they are tried in files of their own.
 ELSEWHERE = {"report", "serve"}
-ABOUT_A_RUN = [words for words in COMMAND_LINES if words[0] not in ("doctor", "completion")]
+ABOUT_A_RUN = [words for words in COMMAND_LINES if words[0] not in ("doctor", "completion", "adopt")]
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
@@ -69,7 +70,7 @@ def test_no_command_imports_torch(run: Run, words: list[str]) -> None:
         check=True,
     )
 
-    expected = 2 if {"--rebuild", "completion"} & {*words} else 0
+    expected = 10 if words[0] == "adopt" else 2 if {"--rebuild", "completion"} & {*words} else 0
     assert child.stderr.splitlines()[-1] == f"{expected} []"
 
 
@@ -349,7 +350,7 @@ def on_terminal(*words: str | Path, columns: int = 80, **environment: str) -> st
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environ = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
-    environ |= {"TERM": "xterm", **environment}
+    environ |= {"TERM": "xterm", "PAGER": "cat", **environment}
     child = start(*words, stdout=follower, stderr=follower, env=environ)
     os.close(follower)
     pieces = []
@@ -396,6 +397,67 @@ def test_tables_fit_into_80_columns_on_a_terminal_and_lose_nothing(run: Run) -> 
         assert max(len(line) for line in table) <= 80, words
     shown = " ".join(plain(on_terminal("ls", run.directory)).split())
     assert ", ".join(reasons) in shown
+
+
+def pager(tmp_path: Path) -> tuple[str, Path]:
+    """A pager that notes what it reads, and shows the first line of it."""
+    seen, script = tmp_path / "seen", tmp_path / "pager"
+    script.write_text(f"#!/bin/sh\ncat > {seen}\nhead -n 1 {seen}\n")
+    script.chmod(0o755)
+    return str(script), seen
+
+
+def test_what_is_longer_than_the_screen_goes_to_a_pager(run: Run, tmp_path: Path) -> None:
+    command, seen = pager(tmp_path)
+    run.save(1)
+    short = plain(on_terminal("ls", run.directory, PAGER=command))
+    assert "COMMITTED" in short
+    assert not seen.exists()
+
+    for step in range(2, 60):
+        run.save(step, until=S.FAILED)
+    shown = plain(on_terminal("ls", run.directory, "--all", PAGER=command))
+    assert [line.split()[0] for line in shown.splitlines()] == ["SERIES"]
+    # Colours as on the terminal, every row, and nothing twice.
+    assert "\x1b[31mFAILED\x1b[0m" in seen.read_text()
+    assert len(plain(seen.read_text()).splitlines()) == 60
+    # The notes that come after it, too.
+    seen.unlink()
+    on_terminal("check", run.directory, PAGER=command)
+    assert "hint: `ckptmgr check" in plain(seen.read_text())
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PAGER": "cat"}, {"PAGER": ""}, {"PAGER": "no-such"}, {"TERM": "dumb", "PAGER": "true"}]
+)
+def test_without_a_pager_the_terminal_has_it_all(run: Run, environment: dict[str, str]) -> None:
+    for step in range(40):
+        run.save(step)
+
+    assert plain(on_terminal("ls", run.directory, **environment)).count("COMMITTED") == 40
+
+
+def test_the_status_is_the_same_behind_a_pager_that_is_left_early(run: Run, tmp_path: Path) -> None:
+    for step in range(60):
+        (run.directory / run.save(step).directory / "model.bin").unlink()
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environ = {**os.environ, "PAGER": "true", "TERM": "xterm"}
+    child = start("check", run.directory, stdout=follower, stderr=follower, env=environ)
+    os.close(follower)
+
+    assert child.wait(timeout=60) == 5
+    os.close(leader)
+
+
+def test_what_a_pipe_or_a_program_gets_is_never_paged(run: Run, tmp_path: Path) -> None:
+    command, seen = pager(tmp_path)
+    for step in range(60):
+        run.save(step)
+
+    assert len(in_child("ls", run.directory, env={**os.environ, "PAGER": command}).out.splitlines()) == 61
+    on_terminal("ls", run.directory, "--json", PAGER=command)
+    assert not seen.exists()
 
 
 def test_a_pipe_gets_one_line_per_row_whatever_the_width(run: Run) -> None:

@@ -349,6 +349,13 @@ def rebuild(run: Path, *faults: AtComment | AtEffect) -> None:
     assert main(["recover", str(run), "--rebuild", "--apply"]) == 0
 
 
+def adopt(run: Path, *faults: AtComment | AtEffect) -> None:
+    """Take the checkpoints of one series into a new run beside it, as those of a directory without a journal."""
+    for fault in faults:
+        arm(fault, run.with_name("new"))
+    assert main(["adopt", str(run.with_name("new")), "--from", str(run / "dcp"), "--apply"]) in (0, 3)
+
+
 def prune(run: Path, *faults: AtComment | AtEffect) -> None:
     """Keep the newest alone, with the command line tool."""
     for fault in faults:

@@ -171,5 +171,15 @@ ASKED = (
     AtComment("a request is done and nobody has said so"),
 )
 
+#: `ckptmgr adopt --apply`: the comment, the state of the attempt, and where its directory is.
+ADOPTING = (
+    (AtComment("an adoption PREWRITTEN without a staging directory"), "PREWRITTEN", "nowhere"),
+    (AtComment("an adoption WRITING with none of its files"), "WRITING", "staging"),
+    (AtComment("an adoption WRITING with a durable manifest", nth=2), "WRITING", "staging"),
+    (AtComment("an adoption that failed, in flight without its staging directory"), "WRITING", "nowhere"),
+    (AtComment("an adoption GATHERED with a complete staging directory", nth=2), "GATHERED", "staging"),
+    (AtComment("an adoption GATHERED and published durably"), "GATHERED", "final"),
+)
+
 #: A manager that was stopped and comes too late: another one has taken the run over meanwhile.
 TOO_LATE = (AtComment("a live checkpoint stands at the retired name of another"),)

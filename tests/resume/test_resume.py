@@ -136,7 +136,7 @@ def test_every_error_is_of_a_known_id_and_has_a_hint():
 
 
 def test_findings_have_one_meaning_each():
-    assert [f"R{number:03}" for number in range(1, 15)] == list(FINDINGS)
+    assert [f"R{number:03}" for number in range(1, 17)] == list(FINDINGS)
     assert len(set(FINDINGS.values())) == len(FINDINGS)
     assert FINDINGS.keys() > DAMAGE
 
