@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,6 +250,8 @@ def test_a_writer_that_died_after_the_checkpoint_is_replaced_for_the_export(
         assert held.reached.wait(20)
         assert manager._finalizer is not None
         manager._finalizer._writer.kill()
+        while manager._finalizer.writer_pid is not None:  # a signal is not yet a death
+            time.sleep(0.01)
         held.go_on.set()
         _wait(saved)
     _both(run_dir, 1, state)

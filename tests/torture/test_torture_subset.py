@@ -14,11 +14,9 @@ from torture.shim import Phase
 SWEEPS = {sweep.name: sweep for sweep in [*faults.sweeps(), *powerloss.sweeps()]}
 #: Name of the sweep, and how many points of each transition.
 SUBSET = {
-    "SIGKILL of all | dcp steady | 1": 1,
     "SIGKILL of all | create | 1": 1,
     "SIGKILL of the trainer only | dcp steady | 1": 1,
     "SIGKILL of one writer | hf overwrite | 1": 2,
-    "SIGKILL of one writer | dcp steady | 2 | rank 1": 1,
     "SIGKILL of one rank | hf overwrite | 2 | rank 0": 1,
     "torn write, then SIGKILL | hf overwrite-aside | 1": 1,
     "short write | hf steady | 1": 1,
