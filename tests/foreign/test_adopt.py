@@ -247,6 +247,23 @@ def test_a_file_that_changes_while_it_is_read_is_not_committed(
     assert [*(run / "checkpoint").iterdir()] == []
 
 
+def test_a_file_that_has_grown_since_it_was_judged_is_not_committed(
+    theirs: Theirs, tmp_path: Path, ckptmgr: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, run = theirs("torchtitan"), tmp_path / "run"
+    real = adoption.take_in
+
+    def take_in(*args: Any, **kwargs: Any) -> Any:
+        with (directory / "checkpoint" / "step-5" / "__0_0.distcp").open("ab") as file:
+            file.write(b"more")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(adoption, "take_in", take_in)
+
+    assert ckptmgr("adopt", run, "--from", directory, "--apply")[0] == 5
+    assert [*(run / "checkpoint").iterdir()] == []
+
+
 def test_another_file_system_needs_a_copy(theirs: Theirs, tmp_path: Path, ckptmgr: Command) -> None:
     memory = Path("/dev/shm") / f"ckptmgr-adopt-{os.getpid()}"
     if not memory.parent.is_dir() or memory.parent.stat().st_dev == tmp_path.stat().st_dev:
