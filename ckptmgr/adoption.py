@@ -47,6 +47,7 @@ class Source:
         world_size: How many ranks saved it, as far as its files tell.
         per_rank: Names of state that differs by rank.
         metrics: What was known of it.
+        digests: Of its files, where its own manifest has them: no other bytes are taken in.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Source:
     world_size: int = 1
     per_rank: tuple[str, ...] = ()
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -152,9 +154,10 @@ def _source(judged: Judged, candidate: Candidate, at: Path, step: int | None) ->
     facts: dict[str, Any] = {}
     if judged.layout == copied.LAYOUT:
         manifest = Manifest.from_json(reach.read(at / MANIFEST_NAME, MAX_MANIFEST_BYTES), where=str(at))
-        kept = {entry.path for entry in manifest.files}
+        kept = {entry.path: entry.digest for entry in manifest.files}
         files = {name: of for name, of in files.items() if name in kept}
         facts = {"world_size": manifest.world_size, "per_rank": manifest.per_rank, "metrics": manifest.metrics}
+        facts["digests"] = kept
         if manifest.format is not layout:
             raise InvalidArgument(f"its manifest says that it is of the format {manifest.format}, its name another one")
     elif layout is Format.DCP:
@@ -238,7 +241,7 @@ def take_in(
         progress: Called with the number of bytes just read.
 
     Raises:
-        CorruptCheckpoint: A file changed meanwhile.
+        CorruptCheckpoint: A file changed meanwhile, or has other bytes than a manifest of its own says.
         OSError: A file cannot be read, linked or written. The attempt is FAILED then.
     """
     who: dict[str, Any] = {"epoch": epoch, "host": host, "pid": pid}
@@ -309,6 +312,9 @@ def _one(
         after = os.fstat(descriptor)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or after.st_size != size:
         text = f"{at_source} changed while it was read"
+        raise CorruptCheckpoint(text, directory=str(source.path), mismatches=(text,))
+    if digest.text != source.digests.get(name, digest.text):
+        text = f"{at_source} has other bytes than its manifest says"
         raise CorruptCheckpoint(text, directory=str(source.path), mismatches=(text,))
     return FileEntry(name, size, digest.text, _rank(name))
 

@@ -264,6 +264,17 @@ def test_a_file_that_has_grown_since_it_was_judged_is_not_committed(
     assert [*(run / "checkpoint").iterdir()] == []
 
 
+def test_a_copy_of_our_own_with_other_bytes_is_not_committed(theirs: Theirs, tmp_path: Path, ckptmgr: Command) -> None:
+    directory, run = theirs("copied"), tmp_path / "run"
+    data = directory / "step-5" / "model.bin"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    code, _, err = ckptmgr("adopt", run, "--from", directory, "--apply")
+
+    assert code == 5
+    assert "other bytes than its manifest says" in err
+    assert [*(run / "checkpoint").iterdir()] == []
+
+
 def test_another_file_system_needs_a_copy(theirs: Theirs, tmp_path: Path, ckptmgr: Command) -> None:
     memory = Path("/dev/shm") / f"ckptmgr-adopt-{os.getpid()}"
     if not memory.parent.is_dir() or memory.parent.stat().st_dev == tmp_path.stat().st_dev:
