@@ -60,6 +60,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing torch and what else is needed into $(VENV); the first time this takes some minutes"
 	$(PIP) torch==2.13.0
 	$(PIP) -qq --editable '.[test]'
+	@$(BIN)/python -m compileall -q ckptmgr  # as pip does for what it copies; an environment may forbid it later
 	@touch $@
 
 $(VENV)/installed-tools: $(VENV)/installed

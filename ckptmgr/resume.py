@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument, printable
@@ -140,6 +140,8 @@ class ResumeReport:
     findings: tuple[Finding, ...]
     #: What was demanded and the newest safe one does not fulfil; then none is chosen. See `demand`.
     unmet: tuple[Finding, ...] = ()
+    #: How many other live checkpoints nobody looked at.
+    not_looked_at: int = 0
 
     @property
     def chosen(self) -> CheckpointRecord | None:
@@ -200,6 +202,7 @@ class ResumeReport:
             if chosen is None
             else {"checkpoint_id": chosen.id, "step": chosen.step, "directory": chosen.directory},
             "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "not_looked_at": self.not_looked_at,
             "findings": [finding.to_dict() for finding in (*self.findings, *self.unmet)],
         }
 
@@ -224,16 +227,16 @@ def asked_of(journal: Questions, series: str, step: int | None, newest: int) -> 
     return [by_id[id] for id in sorted(by_id)]
 
 
-def looks(total: int) -> Iterator[int]:
+def looks(total: int, first: int = 1) -> Iterator[int]:
     """
-    How many of *total* to look at until one is safe: the newest, then twice as many each time, all in the end.
+    How many of *total* to look at until one is safe: the *first* newest, then four times as many each time, then all.
 
     Whoever wants to know from which to resume need not read the manifests of thousands that are older.
     """
-    count = 1
+    count = first
     while count < total:
         yield count
-        count *= 2
+        count *= 4
     yield total
 
 
@@ -247,7 +250,7 @@ def check(
     per_rank_used: Container[str] | None = None,
     live_epoch: bool = False,
     files: Mapping[int, Sequence[FileEntry]] | None = None,
-    besides: Container[str] = (),
+    besides: Collection[str] = (),
 ) -> ResumeReport:
     """
     Judge every committed checkpoint of *series* that was looked at. Pure and deterministic.
@@ -262,7 +265,7 @@ def check(
         per_rank_used: Which names of per-rank state would be loaded; None for all.
         live_epoch: Whether a manager has the run open, so that attempts in flight are its own.
         files: What the journal recorded of each attempt's files, where that is to be compared with its manifest.
-        besides: Directories of live checkpoints that nobody has looked at; of those the report says nothing.
+        besides: Directories of live checkpoints that nobody has looked at; of those the report says how many.
 
     Raises:
         InvalidArgument: A step or world size that cannot be one, a path listed twice, or a
@@ -290,7 +293,7 @@ def check(
     general += _attempts(asked, candidates, live_epoch=live_epoch)
     newest = max((candidate.record.id for candidate in candidates), default=0)
     general += _unknown(rows, at.values(), newest=newest if step is None else None)
-    return ResumeReport(series, tuple(candidates), tuple(general))
+    return ResumeReport(series, tuple(candidates), tuple(general), not_looked_at=len(besides))
 
 
 def _order(record: CheckpointRecord) -> int:

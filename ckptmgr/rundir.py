@@ -36,7 +36,7 @@ from ckptmgr.errors import (
     RunLocked,
     UnsafePath,
 )
-from ckptmgr.lifecycle import CheckpointRecord, Format
+from ckptmgr.lifecycle import CheckpointRecord
 from ckptmgr.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -718,23 +718,27 @@ class RunDirectory:
             with _taken_is_unsafe(link):
                 durable.replace_link(link, target, scratch=_LATEST_SCRATCH)
 
-    def stale_projections(self, run_id: str, live: Sequence[CheckpointRecord]) -> list[str]:
+    def stale_projections(self, run_id: str, live: Mapping[str, Sequence[str]]) -> list[str]:
         """
         What ``meta.json`` and the latest links say that the journal does not, in words, each naming the file.
 
         One that is missing says nothing wrong.
+
+        Args:
+            run_id: Of the journal.
+            live: Of each series the directories of its live checkpoints, in the order in which they were committed.
         """
-        lists: dict[str, list[str]] = {}
-        for record in sorted(live, key=lambda record: record.commit_seq or 0):
-            lists.setdefault(f"{record.series}_list", []).append(record.directory)
+        lists = {f"{name}_list": [*directories] for name, directories in live.items()}
         said = self.read_meta()
         wrong = []
         if said is None:
             wrong += [f"{META_NAME} cannot be read"] if self.exists(META_NAME) else []
         elif {name: value for name, value in said.items() if value} != {"run_id": run_id, **lists}:
             wrong.append(f"{META_NAME} does not list what is committed")
-        for name in dict.fromkeys(record.series for record in live if record.format is Format.HUGGINGFACE):
-            newest = lists[f"{name}_list"][-1].rpartition("/")[2]
+        for name, directories in live.items():
+            newest = directories[-1].rpartition("/")[2]
+            if not newest.startswith("hf-"):
+                continue
             link = self._inside(f"{name}/{LATEST_NAME}")
             target = str(link.readlink()) if link.is_symlink() else None
             if os.path.lexists(link) and target != newest:

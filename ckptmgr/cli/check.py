@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Say whether the run may be resumed and from which path, with every finding that
-speaks against it. Sizes are always compared with what was committed; --deep
-also reads every byte and compares the digests, of all series unless --series
-or --step is given.
+speaks against it. Sizes are always compared with what was committed, of the
+20 newest checkpoints and of older ones until one is safe; --all looks at every
+one. --deep does too, reads every byte and compares the digests, of all series
+unless --series or --step is given.
 
 As a gate in a launch script it can ask for more: other series that must be
 safe too (--require), how far the run must have come (--min-step) and how long
@@ -44,6 +45,8 @@ EXAMPLES = """\
   ckptmgr check work_dirs/somebody-elses
   ckptmgr check runs/alpha --deep --json | jq '.reports[].candidates'"""
 
+#: How many of the newest are always looked at; with thousands of ranks each costs thousands of calls.
+_NEWEST = 20
 #: How often a series is looked at before it is said to change too fast.
 _LOOKS = 20
 
@@ -54,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N", type=target.step, help="judge only the checkpoint of this step")
     parser.add_argument("--world-size", metavar="N", type=world_size, help="how many ranks will resume")
     parser.add_argument("--deep", action="store_true", help="read every byte and verify the digests")
+    parser.add_argument("--all", action="store_true", help="look at every checkpoint, however many are kept")
     parser.add_argument("--require", metavar="NAME,...", type=names, default=(), help="series that must be safe too")
     parser.add_argument("--min-step", metavar="N", type=target.step, help="an earlier step is not safe")
     parser.add_argument(
@@ -93,10 +97,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
         others = [name for name in journal.series() if name not in asked] if everything else []
         reports = [
             judge(
-                journal, rundir, name, step=args.step, world_size=args.world_size, deep_for=out if args.deep else None
+                journal, rundir, name, step=args.step, world_size=args.world_size, deep_for=out if args.deep else None,
+                first=None if args.all or args.deep or args.step is not None else _NEWEST,
             )
             for name in (*asked, *others)
-        ]
+        ]  # fmt: skip
         wanted = [
             resume.demand(one, min_step=args.min_step, max_age_s=args.max_age, now=time.time())
             for one in reports[: len(asked)]
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         beside = reports[len(asked) :]
         if rundir.path.is_dir() and target.live_epoch(journal) is None:
             # While a manager runs they may lag behind for a moment.
-            stale = rundir.stale_projections(journal.run_id, journal.checkpoints(live_only=True))
+            stale = rundir.stale_projections(journal.run_id, journal.live_lists())
             projections = resume.of_projections(stale, series)
             wanted[0] = dataclasses.replace(wanted[0], findings=(*wanted[0].findings, *projections))
         about = target.document(rundir, journal.run_id)
@@ -148,6 +153,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.line(verdict_line(one, rundir))
     if any(one.chosen is not None for one in wanted) and not args.deep:
         out.note("only names and sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
+    if args.step is None and (older := sum(one.not_looked_at for one in wanted)):
+        out.note(f"{older} older ones were not looked at", "`ckptmgr check RUN --all` looks at each")
     if code is Exit.CORRUPT and worst is Verdict.SAFE:
         out.line(Painted("but damage was found: see the errors above", "red"))
     return code
@@ -209,7 +216,7 @@ def judge(
     step: int | None = None,
     world_size: int | None = None,
     deep_for: Output | None = None,
-    until_safe: bool = False,
+    first: int | None = None,
 ) -> ResumeReport:
     """
     What the resume checker says of one series, with every file's size compared.
@@ -221,7 +228,7 @@ def judge(
         step: Judge only this step.
         world_size: How many ranks will resume, if known.
         deep_for: Also verify the digests, showing the progress here.
-        until_safe: Look at the newest alone, and at older ones only as far as it takes to find a safe one.
+        first: Look at so many of the newest, and at older ones only as far as it takes to find a safe one.
 
     Raises:
         JournalError: A running manager changes the series all the time.
@@ -229,7 +236,7 @@ def judge(
     verified: dict[int, tuple[str, ...]] = {}
     for _ in range(_LOOKS):
         known = journal.live_directories(series)
-        for newest in resume.looks(len(known)) if until_safe else [len(known)]:
+        for newest in [len(known)] if first is None else resume.looks(len(known), first):
             records = resume.asked_of(journal, series, step, newest)
             looked = [record for record in records if record.is_live and step in (None, record.step)]
             near = {record.directory for record in looked}

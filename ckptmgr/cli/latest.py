@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Print the path."""
     with target.reading(args, directory=True) as (journal, rundir):
         series = target.choose_series(journal, args.series)
-        report = check.judge(journal, rundir, series, world_size=args.world_size, until_safe=True)
+        report = check.judge(journal, rundir, series, world_size=args.world_size, first=1)
         about = target.document(rundir, journal.run_id)
     chosen = report.chosen
     path = str(rundir.absolute(chosen.directory)) if chosen is not None else None

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 List the checkpoints of a run, series by series, oldest first. Retired
 checkpoints, and failed attempts from before the newest commit of their series,
-are hidden unless --all is given."""
+are hidden unless --all is given. The table has the 1000 of each series that
+began last, unless --limit or --all says otherwise."""
 EXAMPLES = """\
   ckptmgr ls runs/alpha
   ckptmgr ls runs/alpha --series hf --all
   ckptmgr ls runs/alpha --limit 10
   ckptmgr ls runs/alpha --json | jq -r '.checkpoints[].path | values'"""
+
+
+#: How many rows of a series a table has, where nothing else is asked for.
+_MOST = 1000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         names = journal.series() if args.series is None else [args.series]
         shown = [record for name in names for record in chosen(journal, name, args)]
         hidden = sum(journal.count(name) for name in names) - len(shown)
-        decisions = journal.decisions(live_only=True)
+        decisions = journal.decisions(record.id for record in shown if record.is_live)
         verified = journal.newest_verifications()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
@@ -63,8 +68,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
     else:
         out.note("no checkpoints to resume from" if hidden else "no checkpoints yet")
     if hidden:
-        because = "older" if args.limit is not None else "retired or failed before the newest commit"
-        out.note(f"{hidden} {because}: {'a larger --limit' if args.limit is not None else '--all'} shows them")
+        because = "retired or failed before the newest commit"
+        if args.limit is not None or (len(shown) >= _MOST and not args.all):
+            out.note(f"{hidden} older: a larger --limit shows them")
+        else:
+            out.note(f"{hidden} {because}: --all shows them")
     return Exit.OK
 
 
@@ -86,6 +94,6 @@ def why(
 def chosen(journal: Questions, series: str, args: argparse.Namespace) -> list[CheckpointRecord]:
     """The attempts of one series to list, oldest first."""
     if not args.all:
-        return journal.present(series, args.limit)
+        return journal.present(series, args.limit if args.limit is not None or args.json else _MOST)
     records = journal.checkpoints(series=series)
     return records if args.limit is None else records[-args.limit :]

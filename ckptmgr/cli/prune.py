@@ -159,7 +159,7 @@ def newest_safe(journal: Questions, rundir: RunDirectory, series: str) -> int | 
     The last good one must not go because something newer, which is damaged, stays.
     """
     try:
-        report = check.judge(journal, rundir, series, until_safe=True)
+        report = check.judge(journal, rundir, series, first=1)
     except JournalCorrupt:
         raise
     except JournalError:

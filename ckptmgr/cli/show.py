@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         files = journal.files(record.id)
         history = journal.transitions(record.id)
         verifications = journal.verifications(record.id)
-        decisions = journal.decisions(live_only=True)
+        decisions = journal.decisions([record.id])
         others = [other for other in journal.of_step(record.series, record.step) if other.id != record.id]
         about = target.document(rundir, journal.run_id)
     if out.as_json:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     with target.reading(args, directory=True) as (journal, rundir):
         target.require_series(journal, args.series)
         records = journal.checkpoints()
-        decisions = journal.decisions(live_only=True)
+        decisions = journal.decisions(record.id for record in records if record.is_live)
         alive = target.live_epoch(journal)
         names = journal.series()
         by_series = {name: [record for record in records if record.series == name] for name in names}

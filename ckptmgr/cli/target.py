@@ -258,11 +258,11 @@ def live_epoch(journal: Questions) -> int | None:
     Told from its row, since a reader takes no lock: on this host by its process, on another host
     by the epoch not having been ended.
     """
-    from ckptmgr.requests import may_run
-
     epochs = journal.epochs()
     if not epochs or epochs[-1].ended_at is not None:
         return None
+    from ckptmgr.requests import may_run
+
     newest = epochs[-1]
     return newest.epoch if may_run(newest.host, newest.pid) else None
 

@@ -274,6 +274,15 @@ class Questions:
         with self._database.reading() as connection:
             return frozenset(directory for (directory,) in connection.execute(query, (series,)))
 
+    def live_lists(self) -> dict[str, list[str]]:
+        """Of each series with live checkpoints their directories, as they were committed; nothing else is read."""
+        query = f"SELECT series, directory FROM checkpoint WHERE {LIVE} ORDER BY commit_seq"  # noqa: S608
+        found: dict[str, list[str]] = {}
+        with self._database.reading() as connection:
+            for series, directory in connection.execute(query):
+                found.setdefault(series, []).append(directory)
+        return found
+
     def of_step(self, series: str, step: int) -> list[CheckpointRecord]:
         """Every attempt to save *step*."""
         query = f"{ATTEMPTS} WHERE checkpoint.series = ? AND checkpoint.step = ? ORDER BY checkpoint.id"
@@ -367,11 +376,16 @@ class Questions:
         rows = self._asked("SELECT format FROM checkpoint WHERE series = ? LIMIT 1", series)
         return self._word(_FORMATS, rows[0]["format"]) if rows else None
 
-    def decisions(self, *, live_only: bool = False) -> dict[int, tuple[str, tuple[str, ...]]]:
-        """The last word of retention on each checkpoint it looked at: ("keep" or "drop", reasons)."""
+    def decisions(self, of: Iterable[int] | None = None) -> dict[int, tuple[str, tuple[str, ...]]]:
+        """The last word of retention on each checkpoint it looked at, or those *of*: ("keep" or "drop", reasons)."""
         query = "SELECT checkpoint_id, verdict, reasons FROM retirement_decision"
-        of_live = f" JOIN checkpoint ON checkpoint.id = retirement_decision.checkpoint_id WHERE {LIVE}"
-        rows = self._asked(query + of_live * live_only)
+        if of is None:
+            rows = self._asked(query)
+        else:
+            numbers = sorted(of)
+            some = [numbers[start : start + _AT_ONCE] for start in range(0, len(numbers), _AT_ONCE)]
+            among = f"{query} WHERE checkpoint_id IN "
+            rows = [row for few in some for row in self._asked(f"{among}({', '.join('?' * len(few))})", *few)]
         return {
             each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in map(self._decision, rows)
         }

@@ -49,6 +49,29 @@ def test_newest_is_the_last_commit_and_not_the_highest_step(run: Run, ckptmgr: C
     assert ckptmgr("latest", run.directory).out.endswith("/step-500\n")
 
 
+def test_of_many_the_newest_are_looked_at_and_of_the_older_ones_as_many_as_it_takes(run: Run, ckptmgr: Call) -> None:
+    for step in range(1, 24):
+        run.save(step)
+    (run.directory / "checkpoint/step-1/model.bin").unlink()
+    done, document = ckptmgr("check", run.directory), ckptmgr("check", run.directory, "--json").json
+
+    assert (done.code, "R004" in done.out) == (0, False)
+    assert "3 older ones were not looked at" in done.err
+    assert "--all` looks at each" in done.err
+    assert len(document["reports"][0]["candidates"]) == 20
+    assert document["reports"][0]["not_looked_at"] == 3
+    for flag in ("--all", "--deep"):
+        done = ckptmgr("check", run.directory, flag)
+        assert "R004" in done.out
+        assert "not looked at" not in done.err
+    for step in range(3, 24):
+        shutil.rmtree(run.directory / f"checkpoint/step-{step}")
+    done = ckptmgr("check", run.directory)
+    assert done.code == 4
+    assert done.out.endswith("/checkpoint/step-2\n")
+    assert "not looked at" not in done.err
+
+
 def test_nothing_committed_ends_with_3(run: Run, ckptmgr: Call) -> None:
     run.save(500, until=S.WRITING)
 
@@ -108,7 +131,7 @@ def test_latest_looks_no_further_than_to_a_safe_one(
 
     whole = [*reversed(rows[: 9 - damaged])]
     assert latest.out == (f"{run.rundir.absolute(whole[0].directory)}\n" if whole else "")
-    assert read == {row.directory for row in rows[::-1][: {0: 1, 1: 2, 5: 8, 9: 9}[damaged]]}
+    assert read == {row.directory for row in rows[::-1][: {0: 1, 1: 4, 5: 9, 9: 9}[damaged]]}
 
 
 def test_all_damaged_ends_with_5(run: Run, ckptmgr: Call) -> None:

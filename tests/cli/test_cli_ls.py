@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 from run_on_disk import NO_PROCESS, Call, Run, S
 
+from ckptmgr.cli import ls
 from ckptmgr.lifecycle import Format, RetirementMark
 
 
@@ -132,6 +134,21 @@ def test_limit_shows_the_last_of_each_series_and_says_how_many_are_older(run: Ru
     assert "2 older" in done.err
     assert ckptmgr("ls", run.directory, "--limit", 2, "--all", "--json").json["hidden"] == 2
     assert ckptmgr("ls", run.directory, "--limit", 0).code == 2
+
+
+def test_a_long_list_is_cut_unless_it_is_asked_for(run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ls, "_MOST", 2)
+    for step in (1, 2, 3):
+        run.save(step)
+    done = ckptmgr("ls", run.directory)
+
+    assert [row[1] for row in rows(done.out)] == ["2", "3"]
+    assert "1 older: a larger --limit shows them" in done.err
+    for flags in (["--all"], ["--limit", 9]):
+        whole = ckptmgr("ls", run.directory, *flags)
+        assert ([row[1] for row in rows(whole.out)], whole.err) == (["1", "2", "3"], "")
+    document = ckptmgr("ls", run.directory, "--json").json
+    assert [row["step"] for row in document["checkpoints"]] == [1, 2, 3]
 
 
 def test_the_journal_file_names_the_same_run_as_its_directory(run: Run, ckptmgr: Call) -> None:

@@ -173,6 +173,7 @@ LINES = {
     "latest --series hf --world-size 2": "0 3 0 0 0 0 0 0 0 5 10 12 5 10 10",
     "check": "0 3 0 0 0 0 0 4 5 5 10 12 5 10 10",
     "check --series checkpoint --step 1000 --world-size 2": "0 3 0 0 0 0 0 5 5 5 10 12 5 10 10",
+    "check --all": "0 3 0 0 0 0 0 4 5 5 10 12 5 10 10",
     "check --deep": "0 3 0 0 0 0 0 4 5 5 10 12 5 10 10",
     "check --require hf --min-step 1000 --max-age 1h --allow-empty": "0 0 0 0 0 0 0 3 5 5 10 12 5 0 0",
     "why 1000": "0 3 0 0 0 0 0 0 0 5 10 12 0 10 10",

@@ -607,7 +607,7 @@ def _lock_seeds(ground: Ground) -> list[bytes]:
 def _project(ground: Ground) -> None:
     rundir = ground.rundir()
     with Journal.open_read_only(ground.journal) as journal:
-        for text in rundir.stale_projections(journal.run_id, journal.checkpoints(live_only=True)):
+        for text in rundir.stale_projections(journal.run_id, journal.live_lists()):
             assert isinstance(text, str)
     tame("check", ground.run)
 

@@ -377,6 +377,8 @@ def test_a_commit_retires_in_the_same_transaction(steps):
         first.id: ("drop", ("not among the last 2",)),
         second.id: ("keep", ("last 2",)),
     }
+    assert steps.journal.decisions([second.id, third.id]) == {second.id: ("keep", ("last 2",))}
+    assert steps.journal.decisions([]) == {}
 
 
 def test_the_last_decision_on_a_checkpoint_counts(steps):
@@ -550,6 +552,10 @@ def test_what_is_standing_is_everything_but_what_is_gone(steps):
     for series in ("checkpoint", "hf", "never seen"):
         live = {row.directory for row in standing if row.series == series and row.is_live}
         assert journal.live_directories(series) == live
+        ordered = sorted(
+            (row for row in standing if row.series == series and row.is_live), key=lambda row: row.commit_seq
+        )
+        assert journal.live_lists().get(series, []) == [row.directory for row in ordered]
 
 
 def test_what_a_number_a_name_or_a_step_tells_of(steps):

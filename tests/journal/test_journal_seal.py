@@ -81,6 +81,19 @@ def test_an_untouched_journal_says_everything(full):
     Journal.open(full).close()
 
 
+@pytest.mark.parametrize("text", ['], ["checkpoint", ', '"], ["checkpoint", "', '\\], ["checkpoint", ', "]]", "\n", ""])
+def test_rows_are_told_apart_whatever_stands_in_them(journal_path, text):
+    """They are made JSON together, and divided at what no text in them can look like."""
+    with Journal.open(journal_path) as journal:
+        steps = Steps(journal)
+        for step in (1, 2, 3):
+            steps.move(steps.to(S.WRITING, step), S.WRITING, S.FAILED, reason=text)
+
+    everything(journal_path)
+    with Journal.open_read_only(journal_path) as journal:
+        assert [record.reason for record in journal.checkpoints()] == [text] * 3
+
+
 @pytest.mark.parametrize("where", COLUMNS)
 def test_another_value_in_any_column_is_found(full, where):
     table, _, column = where.partition(".")

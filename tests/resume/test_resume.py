@@ -158,14 +158,15 @@ def test_what_was_not_looked_at_is_no_candidate_and_no_finding():
     assert (report.chosen, ids(report)) == (None, ["R004"])
 
 
-@pytest.mark.parametrize("count", range(10))
-def test_the_newest_are_looked_at_first_and_all_in_the_end(count):
-    *some, all_ = looks(count)
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("count", range(20))
+def test_the_newest_are_looked_at_first_and_all_in_the_end(count, first):
+    *some, all_ = looks(count, first)
 
     assert all_ == count
-    assert some == [2**n for n in range(len(some))]
+    assert some == [first * 4**n for n in range(len(some))]
     assert all(look < count for look in some)
-    assert not some or 2 * some[-1] >= count
+    assert not some or 4 * some[-1] >= count
 
 
 def test_newest_is_by_commit_order_not_by_step():
@@ -409,6 +410,7 @@ def test_a_report_is_plain_data():
             },
             {"checkpoint_id": 1, "step": 10, "directory": "checkpoint/step-10", "safe": True, "findings": []},
         ],
+        "not_looked_at": 0,
         "findings": [
             {
                 "id": "R007",

@@ -77,7 +77,7 @@ def gather(args: argparse.Namespace, out: Output) -> RunFacts:
             _of_series(
                 name,
                 durability.of_series([r for r in records if r.series == name], now=seen_at),
-                check.judge(journal, rundir, name, until_safe=True) if place < MOST_SERIES else None,
+                check.judge(journal, rundir, name, first=1) if place < MOST_SERIES else None,
                 rundir,
                 out,
             )
