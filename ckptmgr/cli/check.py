@@ -244,6 +244,7 @@ def judge(
             found = rundir.listing([series], sizes_for=near, besides=besides)
             if deep_for is not None:
                 found = verify_digests(journal, rundir, looked, found, verified=verified, out=deep_for)
+            there = {item.path for item in found}
             report = resume.check(
                 recovery.with_traces(journal, records, found),
                 found,
@@ -251,7 +252,7 @@ def judge(
                 step=step,
                 world_size=world_size,
                 live_epoch=target.live_epoch(journal) is not None,
-                files={record.id: journal.files(record.id) for record in looked},
+                files={record.id: journal.files(record.id) for record in looked if record.directory in there},
                 besides=besides,
             )
             if report.chosen is not None:
