@@ -232,7 +232,7 @@ class Questions:
     def pinned(self, series: str) -> frozenset[int]:
         """The steps of *series* that are pinned, compared with the seal: what is not pinned may be let go."""
         rows = self._asked("SELECT step FROM pin WHERE series = ?", series, sealed=("pin", None))
-        return frozenset(self._fact("pin", "step", row["step"]) for row in rows)
+        return frozenset(self._facts("pin", row)["step"] for row in rows)
 
     def pin_of(self, series: str, step: int) -> Pin | None:
         """The pin of a step, if it is pinned."""
@@ -362,14 +362,14 @@ class Questions:
             facts = self._facts("transition", row)
             facts["source"] = None if row["source"] is None else self._word(_STATES, row["source"])
             facts["dest"] = self._word(_STATES, row["dest"])
-            whose = {name: self._fact("checkpoint", name, row[name]) for name in ("series", "step")}
+            whose = self._facts("checkpoint", {name: row[name] for name in ("series", "step")})
             found.append(TransitionRecord(**facts | whose))
         return found
 
     def series(self) -> list[str]:
         """The names of all series seen, in the order of their first use."""
         rows = self._asked("SELECT series FROM checkpoint GROUP BY series ORDER BY min(id)")
-        return [self._series_name(self._fact("checkpoint", "series", row["series"])) for row in rows]
+        return [self._series_name(self._facts("checkpoint", row)["series"]) for row in rows]
 
     def format_of(self, series: str) -> Format | None:
         """The format of a series, None before its first save."""
@@ -465,21 +465,21 @@ class Questions:
     def _facts(self, table: str, row: Facts) -> dict[str, Any]:
         """What a row says, every column of *table* of the type that it is to have."""
         known = declared.COLUMNS[table]
-        return {name: self._fact(table, name, value) if name in known else value for name, value in row.items()}
-
-    def _fact(self, table: str, name: str, value: Any) -> Any:
-        kind, nullable = declared.COLUMNS[table][name]
-        if value is None:
-            fine = nullable
-        elif kind is float:
-            fine = type(value) in (int, float) and is_finite(value)
-        elif kind is int:
-            fine = type(value) is int and (0 <= value <= MAX_NUMBER or (name in _SIZES and value >= 0))
-        else:
-            fine = type(value) is str
-        if not fine:
-            raise self._corrupt(f"{name} of a {table} is {str(value)[:80]!r}")
-        return value
+        for name, value in row.items():
+            if name not in known:
+                continue
+            kind, nullable = known[name]
+            if value is None:
+                fine = nullable
+            elif kind is float:
+                fine = type(value) in (int, float) and is_finite(value)
+            elif kind is int:
+                fine = type(value) is int and (0 <= value <= MAX_NUMBER or (name in _SIZES and value >= 0))
+            else:
+                fine = type(value) is str
+            if not fine:
+                raise self._corrupt(f"{name} of a {table} is {str(value)[:80]!r}")
+        return dict(row)
 
     def _series_name(self, name: str) -> str:
         if not _can_name_a_series(name):
