@@ -78,6 +78,11 @@ def trust(row: Verification, now: float) -> str:
     return f"verified {age(now - row.at)} ago" if row.ok else f"DAMAGED when verified {age(now - row.at)} ago"
 
 
+def last_of(verifications: Sequence[Verification]) -> Verification | None:
+    """The last time that its bytes were compared with what was committed."""
+    return next((row for row in reversed(verifications) if row.level == "digest"), None)
+
+
 def document(
     record: CheckpointRecord, decisions: Decisions, verified: Verification | None, run_directory: Path
 ) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.document(
             {
                 "run": about,
-                "checkpoint": describe.document(record, decisions, last_of(verifications), rundir.path),
+                "checkpoint": describe.document(record, decisions, describe.last_of(verifications), rundir.path),
                 "ranks": by_rank(files),
                 "files": [
                     {"path": file.path, "bytes": file.size, "digest": file.digest, "rank": file.rank} for file in files
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             }
         )
         return Exit.OK
-    print_facts(out, record, decisions, rundir.path, files, verified=last_of(verifications))
+    print_facts(out, record, decisions, rundir.path, files, verified=describe.last_of(verifications))
     print_failures(out, record)
     print_history(out, history)
     if verifications:
@@ -109,11 +109,6 @@ def find(journal: Questions, series: str, step: int) -> CheckpointRecord:
         raise CheckpointNotFound(
             f"series {series!r} has no checkpoint of step {step}", hint=hint, series=series, step=step
         ) from error
-
-
-def last_of(verifications: Sequence[Verification]) -> Verification | None:
-    """The last time that its bytes were compared with what was committed."""
-    return next((row for row in reversed(verifications) if row.level == "digest"), None)
 
 
 def by_rank(files: Sequence[FileEntry]) -> list[dict[str, Any]]:

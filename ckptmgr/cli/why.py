@@ -100,7 +100,7 @@ def look(journal: Questions, rundir: RunDirectory, record: CheckpointRecord) -> 
         decision=decision,
         decided_by=journal.checkpoint(decision.decided_by) if decision is not None else None,
         pin=journal.pin_of(record.series, record.step) if record.is_live else None,
-        verified=show.last_of(journal.verifications(record.id)),
+        verified=describe.last_of(journal.verifications(record.id)),
         findings=findings,
         next=next_command(record, verdict, findings, newest=is_newest, live_epoch=live_epoch),
     )
