@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecor
 from ckptmgr.resume import Level, Verdict
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Verification
+    from ckptmgr.journal import Questions, Verification
 
 #: The journal's newest decision about each checkpoint: keep or drop, and why.
 Decisions = Mapping[int, tuple[str, Sequence[str]]]
+#: As `retention.plan` says it.
+NEWEST = "newest committed"
 
 #: The exit status that a verdict means.
 STATUS_OF = {
@@ -49,6 +52,23 @@ def retirement(record: CheckpointRecord) -> str | None:
     return "retiring" if record.retire_started_at is not None else None
 
 
+def decisions(journal: Questions) -> Decisions:
+    """
+    The last word of the keep rules on each live checkpoint, and which are the newest now.
+
+    A commit by recovery, or one that was adopted or rebuilt, has asked no keep rule.
+    """
+    found = {
+        id: (verdict, tuple(reason for reason in reasons if reason != NEWEST))
+        for id, (verdict, reasons) in journal.decisions(live_only=True).items()
+    }
+    for name in journal.series():
+        for newest in (record for record in journal.newest(name, 1) if record.is_live):
+            verdict, reasons = found.get(newest.id, ("keep", ()))
+            found[newest.id] = ("keep", (*(reasons if verdict == "keep" else ()), NEWEST))
+    return found
+
+
 def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
     """Why a live checkpoint is kept: the reasons of the newest retention decision, and its pin."""
     if not record.is_live:
@@ -58,19 +78,29 @@ def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
     return ["pinned", *kept] if record.pinned and "pinned" not in kept else kept
 
 
-def why(record: CheckpointRecord, decisions: Decisions, *, live_epoch: int | None) -> str:
-    """One phrase: why it is kept, why it goes, why it failed, or that it is being written by *live_epoch*."""
+def why(record: CheckpointRecord, decisions: Decisions, origins: Mapping[int, str], *, live_epoch: int | None) -> str:
+    """
+    One phrase: why it is kept, why it goes, why it failed, or that it is being written by *live_epoch*.
+
+    *origins* has how those have come into the journal that no manager saved.
+    """
     if record.is_in_flight:
         if record.epoch != live_epoch:
-            return f"left unfinished by epoch {record.epoch}; see `ckptmgr recover`"
+            return f"left unfinished by epoch {record.epoch}"
         return f"in flight, epoch {record.epoch}"
     if record.state is CheckpointState.FAILED:
-        ranks = ", ".join(str(failure.get("rank")) for failure in record.failures)
-        of_ranks = f" (rank {ranks})" if ranks else ""
-        return (record.reason or "no reason recorded") + of_ranks
+        return failed_because(record.reason, [f"rank {failure.get('rank')}" for failure in record.failures])
     if record.retire_started_at is not None:
         return record.retire_reason or ""
-    return ", ".join(kept_because(record, decisions))
+    origin = origins.get(record.id, "").partition(" ")[0]
+    return ", ".join(filter(None, (origin, *kept_because(record, decisions))))
+
+
+def failed_because(reason: str | None, ranks: Sequence[str]) -> str:
+    """Why it failed, and on which *ranks*; a manager names them in the reason."""
+    said = reason or "no reason recorded"
+    missing = [rank for rank in ranks if not re.search(rf"{re.escape(rank)}\b", said)]
+    return said + (f" ({', '.join(missing)})" if missing else "")
 
 
 def trust(row: Verification, now: float) -> str:

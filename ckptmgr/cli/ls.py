@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptmgr.cli import describe, target
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         names = journal.series() if args.series is None else [args.series]
         shown = [record for name in names for record in chosen(journal, name, args)]
         hidden = sum(journal.count(name) for name in names) - len(shown)
-        decisions = journal.decisions(live_only=True)
+        decisions, origins = describe.decisions(journal), journal.origins()
         verified = journal.newest_verifications()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 describe.state(record),
                 age(now - (record.committed_at or record.created_at)),
                 size(record.bytes) if record.bytes else "",
-                why(record, decisions, verified.get(record.id), now, live_epoch),
+                why(record, decisions, origins, verified.get(record.id), now=now, live_epoch=live_epoch, out=out),
             ]
             for record in shown
         )
@@ -71,12 +72,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def why(
     record: CheckpointRecord,
     decisions: describe.Decisions,
+    origins: Mapping[int, str],
     verified: Verification | None,
+    *,
     now: float,
     live_epoch: int | None,
+    out: Output,
 ) -> Span:
     """Why it is kept, goes or failed, and of one that may be resumed from how far its bytes can be trusted."""
-    text = describe.why(record, decisions, live_epoch=live_epoch)
+    text = describe.why(record, decisions, origins, live_epoch=live_epoch)
+    if record.is_in_flight and record.epoch != live_epoch:
+        return f"{text}; see {out.hint('`ckptmgr recover RUN`')}"
     if verified is None or not record.is_live:
         return text
     both = "; ".join(part for part in (text, describe.trust(verified, now)) if part)

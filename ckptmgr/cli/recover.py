@@ -66,7 +66,10 @@ def preview(args: argparse.Namespace, out: Output) -> int:
         out.note(f"epoch {live_epoch} may still be running; what it has in flight was not left by a crash")
     print_actions(out, report, todo="would")
     if report.changes:
-        out.note("nothing was changed", "`ckptmgr recover RUN --apply` does it")
+        todo = (
+            "`ckptmgr recover RUN --apply` does it" if live_epoch is None else "`ckptmgr watch RUN` says what it does"
+        )
+        out.note("nothing was changed", todo)
     return Exit.OK
 
 

@@ -42,8 +42,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         files = journal.files(record.id)
         history = journal.transitions(record.id)
         verifications = journal.verifications(record.id)
-        decisions = journal.decisions(live_only=True)
+        decisions, origins = describe.decisions(journal), journal.origins()
         others = [other for other in journal.of_step(record.series, record.step) if other.id != record.id]
+        live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document(
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if others:
         out.line()
         out.table("OTHER ATTEMPT", "STATE", "WHY", right=("OTHER ATTEMPT",)).add(
-            [str(other.id), describe.state(other), describe.why(other, decisions, live_epoch=None)] for other in others
+            [str(other.id), describe.state(other), describe.why(other, decisions, origins, live_epoch=live_epoch)]
+            for other in others
         )
     if files:
         out.line()

@@ -126,12 +126,8 @@ def judge(
     if wrong := tuple(f"{each.id} {each.text}" for each in findings if each.level is Level.ERROR):
         return UNSAFE, wrong
     decided = {record.id: (decision.verdict, decision.reasons)} if decision is not None else {}
-    reasons = [why for why in describe.kept_because(record, decided) if why != NEWEST]
-    return KEPT, (*([NEWEST] if newest else []), *reasons)
-
-
-#: As `retention.plan` says it; asked for anew, since a decision may be older than the next commit.
-NEWEST = "newest committed"
+    reasons = [why for why in describe.kept_because(record, decided) if why != describe.NEWEST]
+    return KEPT, (*([describe.NEWEST] if newest else []), *reasons)
 
 
 def next_command(

@@ -376,6 +376,15 @@ class Questions:
             each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in map(self._decision, rows)
         }
 
+    def origins(self) -> dict[int, str]:
+        """How those that no manager saved came into the journal, by attempt: adopted, or rebuilt, and from what."""
+        query = (
+            "SELECT checkpoint_id, note FROM transition WHERE source IS NULL"
+            " AND (note LIKE 'adopted from %' OR note LIKE 'rebuilt from %')"
+        )
+        rows = [self._facts("transition", row) for row in self._asked(query)]
+        return {row["checkpoint_id"]: row["note"] for row in rows}
+
     def decision_on(self, checkpoint_id: int) -> Decision | None:
         """The last word of retention on one checkpoint, if it has looked at it."""
         query = f"SELECT {_columns('retirement_decision')} FROM retirement_decision WHERE checkpoint_id = ?"  # noqa: S608

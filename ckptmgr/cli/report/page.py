@@ -174,7 +174,7 @@ def _verdict(one: SeriesFacts, facts: RunFacts) -> str:
     if one.path is not None:
         lines.append(
             '<p class="quiet">Names and sizes of all files were compared with what was committed; '
-            "<code>ckptmgr check --deep</code> compares every byte.</p>"
+            f"{with_code(one.deep)} compares every byte.</p>"
         )
     return f'<section class="verdict {kind}" aria-label="What is safe now">{"".join(lines)}</section>'
 
@@ -504,7 +504,7 @@ def _checkpoints(facts: RunFacts) -> str:
     there = [record for record in facts.records if record.is_live or record.is_in_flight]
     rows: list[list[Cell]] = []
     for record in reversed(there[-MOST_ROWS:]):
-        why = describe.why(record, facts.decisions, live_epoch=facts.live_epoch)
+        why = describe.why(record, facts.decisions, facts.origins, live_epoch=facts.live_epoch)
         rows.append(
             [
                 safe(record.series),
