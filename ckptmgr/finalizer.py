@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import CheckpointError, ForeignJournal, RankFailure, SaveFailed, StaleWriter, StateChanged
+from ckptmgr.errors import (
+    CheckpointError,
+    ForeignJournal,
+    RankFailure,
+    SaveFailed,
+    StaleWriter,
+    StateChanged,
+    disk_is_full,
+)
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
@@ -421,7 +429,7 @@ def _known(failures: Sequence[Mapping[str, Any]]) -> tuple[RankFailure, ...]:
 
 
 def _hint(failures: Sequence[RankFailure], series: str, step: int) -> str:
-    if any("No space left" in failure.cause or "Disk quota" in failure.cause for failure in failures):
+    if disk_is_full(failure.cause for failure in failures):
         return "free disk space; the next save will work, and older checkpoints are untouched"
     if any(failure.cause.startswith(StaleWriter.__name__) for failure in failures):
         return StaleWriter.hint

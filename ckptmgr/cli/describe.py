@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,13 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Painted, age, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
 from ckptmgr.resume import Level, Verdict
+from ckptmgr.retention import NEWEST, newer_that_end_it
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Questions, Verification
 
 #: The journal's newest decision about each checkpoint: keep or drop, and why.
 Decisions = Mapping[int, tuple[str, Sequence[str]]]
-#: As `retention.plan` says it.
-NEWEST = "newest committed"
 
 #: The exit status that a verdict means.
 STATUS_OF = {
@@ -76,6 +76,23 @@ def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
     verdict, reasons = decisions.get(record.id, ("", ()))
     kept = list(reasons) if verdict == "keep" else []
     return ["pinned", *kept] if record.pinned and "pinned" not in kept else kept
+
+
+def next_to_go(records: Iterable[CheckpointRecord], decisions: Decisions) -> list[CheckpointRecord]:
+    """
+    Which of *records*, the newest of every series among them, the next commit lets go, the keep rules being the same.
+
+    Only where that is certain: what is kept for its metric or its age as well may stay.
+    """
+    newer: collections.Counter[str] = collections.Counter()
+    going = []
+    live = (record for record in records if record.is_live)
+    for record in sorted(live, key=lambda record: record.commit_seq or 0, reverse=True):
+        newer[record.series] += 1
+        count = newer_that_end_it(kept_because(record, decisions))
+        if count is not None and newer[record.series] >= count:
+            going.append(record)
+    return sorted(going, key=lambda record: (record.series, record.commit_seq or 0))
 
 
 def why(record: CheckpointRecord, decisions: Decisions, origins: Mapping[int, str], *, live_epoch: int | None) -> str:

@@ -25,6 +25,9 @@ EXAMPLES = """\
   ckptmgr ls runs/alpha --limit 10
   ckptmgr ls runs/alpha --json | jq -r '.checkpoints[].path | values'"""
 
+#: Checkpoints that are named in a note.
+_NAMED = 8
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
@@ -44,9 +47,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
         verified = journal.newest_verifications()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
+    going = describe.next_to_go(shown, decisions)
     if out.as_json:
         documents = [describe.document(record, decisions, verified.get(record.id), rundir.path) for record in shown]
-        out.document({"run": about, "checkpoints": documents, "hidden": hidden})
+        leaving = [{"checkpoint_id": one.id, "series": one.series, "step": one.step} for one in going]
+        out.document({"run": about, "checkpoints": documents, "next_to_go": leaving, "hidden": hidden})
         return Exit.OK
     now = time.time()
     if shown:
@@ -63,6 +68,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     else:
         out.note("no checkpoints to resume from" if hidden else "no checkpoints yet")
+    if going:
+        which = ", ".join(f"{record.series} {record.step}" for record in going[:_NAMED])
+        more = f" and {len(going) - _NAMED} more" if len(going) > _NAMED else ""
+        out.note(f"the next commit of each series lets go of {which}{more}")
     if hidden:
         because = "older" if args.limit is not None else "retired or failed before the newest commit"
         out.note(f"{hidden} {because}: {'a larger --limit' if args.limit is not None else '--all'} shows them")

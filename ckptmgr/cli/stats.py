@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptmgr import retention
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
-from ckptmgr.cli.output import Output, Painted, duration, size, timestamp
+from ckptmgr.cli.output import Output, Painted, age, duration, size, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 
 if TYPE_CHECKING:
@@ -108,6 +108,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     print_phases(out, phases, rates)
     print_failures(out, failures)
     out.line(forecast_line(full))
+    if full["verdict"] == FULL or (full["full_in_s"] or math.inf) < 2 * _DAY_S:
+        most = max(spaces, key=lambda name: spaces[name]["live"]["bytes"])
+        if spaces[most]["live"]["count"] > 2:
+            out.note("room can be made", f"`ckptmgr prune RUN --series {most} --keep-last 2` says what would go")
     out.note("assumed: " + "; ".join(ASSUMED))
     return Exit.OK
 
@@ -328,8 +332,10 @@ def forecast_line(full: Mapping[str, Any]) -> Painted:
     if verdict == NEVER:
         why = grows if full["kept_bytes_per_day"] else "the keep rules hold what is kept level"
         return Painted(f"{disk}; never full: {why}", "green")
-    days = full["full_in_s"] / _DAY_S
-    return Painted(f"{disk}; {grows}: full in {days:.1f} days, {full['full_at'][:10]}", "yellow")
+    # To the minute where that is soon.
+    soon = full["full_in_s"] < 2 * _DAY_S
+    at = full["full_at"][: 16 if soon else 10].replace("T", " ")
+    return Painted(f"{disk}; {grows}: full in {age(full['full_in_s'])}, {at}", "red" if soon else "yellow")
 
 
 def print_space(out: Output, spaces: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:

@@ -7,9 +7,11 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from ckptmgr import retention
 from ckptmgr.cli import check, describe, show, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, age, timestamp
+from ckptmgr.errors import disk_is_full
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.resume import Finding, Level
 
@@ -102,7 +104,14 @@ def look(journal: Questions, rundir: RunDirectory, record: CheckpointRecord) -> 
         pin=journal.pin_of(record.series, record.step) if record.is_live else None,
         verified=describe.last_of(journal.verifications(record.id)),
         findings=findings,
-        next=next_command(record, verdict, findings, newest=is_newest, live_epoch=live_epoch),
+        next=next_command(
+            record,
+            verdict,
+            findings,
+            newest=is_newest,
+            goes_next=goes_next(journal, record, reasons),
+            live_epoch=live_epoch,
+        ),
     )
 
 
@@ -126,31 +135,53 @@ def judge(
     if wrong := tuple(f"{each.id} {each.text}" for each in findings if each.level is Level.ERROR):
         return UNSAFE, wrong
     decided = {record.id: (decision.verdict, decision.reasons)} if decision is not None else {}
-    reasons = [why for why in describe.kept_because(record, decided) if why != describe.NEWEST]
-    return KEPT, (*([describe.NEWEST] if newest else []), *reasons)
+    reasons = [why for why in describe.kept_because(record, decided) if why != retention.NEWEST]
+    return KEPT, (*([retention.NEWEST] if newest else []), *reasons)
+
+
+def goes_next(journal: Questions, record: CheckpointRecord, reasons: tuple[str, ...]) -> bool:
+    """Whether the next commit lets it go, the keep rules being the same, as far as that is certain."""
+    count = retention.newer_that_end_it(reasons)
+    if count is None:
+        return False
+    live = (one for one in journal.newest(record.series, count) if one.is_live)
+    return sum((one.commit_seq or 0) >= (record.commit_seq or 0) for one in live) >= count
 
 
 def next_command(
-    record: CheckpointRecord, verdict: str, findings: tuple[Finding, ...], *, newest: bool, live_epoch: int | None
+    record: CheckpointRecord,
+    verdict: str,
+    findings: tuple[Finding, ...],
+    *,
+    newest: bool,
+    goes_next: bool,
+    live_epoch: int | None,
 ) -> str:
     """What happens next, or which command makes it happen."""
     where = f"RUN {record.step} --series {record.series}"
     latest = f"`ckptmgr latest RUN --series {record.series}`"
     recover = "the next start of a manager decides, or `ckptmgr recover RUN --apply`"
+    causes = [record.reason or "", *(str(failure.get("cause")) for failure in record.failures)]
+    again = "the next save works"
+    if disk_is_full(causes):
+        again = "the next save works once there is space: `ckptmgr stats RUN` says what takes it"
     if record.pinned:
         stays = f"it stays until it is unpinned: `ckptmgr unpin {where}`"
     elif newest:
         stays = f"it stays at least until the next commit; {latest} names it"
+    elif goes_next:
+        stays = f"the next commit of its series lets it go; `ckptmgr pin {where}` keeps it"
     else:
         stays = f"it goes when a commit finds that no keep rule keeps it; `ckptmgr pin {where}` keeps it"
     return {
         KEPT: stays,
-        UNSAFE: next((each.hint for each in findings if each.level is Level.ERROR and each.hint), recover),
+        UNSAFE: next((each.hint for each in findings if each.level is Level.ERROR and each.hint), recover)
+        + f"; `ckptmgr check RUN --series {record.series}` says what is safe",
         RETIRING: recover
         if live_epoch is None
         else f"epoch {live_epoch} deletes it after its next commit at the latest; it is never resumed from again",
         RETIRED: f"it is gone; {latest} names what to resume from",
-        FAILED: f"it is never resumed from, and the next save works; `ckptmgr show {where}` has its history",
+        FAILED: f"it is never resumed from, and {again}; `ckptmgr show {where}` has its history",
         IN_FLIGHT: "`ckptmgr log RUN --follow` tells when it is COMMITTED",
         INTERRUPTED: recover,
     }[verdict]

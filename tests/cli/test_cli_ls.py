@@ -207,3 +207,31 @@ def test_what_a_crash_left_names_the_command_for_this_run(run: Run, ckptmgr: Cal
     told = f"see `ckptmgr recover {run.directory}`"
     assert f"left unfinished by epoch 1; {told}" in ckptmgr("ls", run.directory).out
     assert f"left unfinished; {told}" in ckptmgr("watch", run.directory).out
+
+
+def test_what_goes_next_is_named_where_that_is_certain(run: Run, ckptmgr: Call) -> None:
+    kept = {
+        100: ("last 3", "every 100 steps"),
+        110: ("last 3",),
+        120: ("last 3",),
+        130: ("last 3", "newest committed"),
+    }
+    records = [run.save(step) for step in kept]
+    run.save(
+        200,
+        series="hf",
+        layout=Format.HUGGINGFACE,
+        decisions=[(record.id, "keep", why) for record, why in zip(records, kept.values(), strict=True)],
+    )
+    (hf,) = (one for one in run.journal.checkpoints(series="hf"))
+    run.save(210, series="snapshot", decisions=[(hf.id, "keep", ("last 1", "newest committed"))])
+
+    assert "the next commit of each series lets go of checkpoint 110, hf 200\n" in ckptmgr("ls", run.directory).err
+    assert ckptmgr("ls", run.directory, "--json").json["next_to_go"] == [
+        {"checkpoint_id": records[1].id, "series": "checkpoint", "step": 110},
+        {"checkpoint_id": hf.id, "series": "hf", "step": 200},
+    ]
+    told = [ckptmgr("why", run.directory, step).out for step in (100, 110, 120)]
+    assert ["next       the next commit of its series lets it go" in text for text in told] == [False, True, False]
+    run.journal.pin("checkpoint", 110)
+    assert [one["step"] for one in ckptmgr("ls", run.directory, "--json").json["next_to_go"]] == [200]
