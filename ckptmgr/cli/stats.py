@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr import retention
+from ckptmgr import durability, retention
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, age, duration, size, timestamp
@@ -40,7 +40,7 @@ PHASES: Mapping[str, Callable[[CheckpointRecord], float | None]] = {
     "gather": lambda record: record.gather_s,
     "commit": lambda record: record.commit_s,
     #: From the beginning of a save to its commit: for so long the step before is what one would resume from.
-    "lag": lambda record: record.committed_at - record.created_at if record.committed_at is not None else None,
+    "lag": durability.commit_lag,
 }
 #: The pace of a run is that of its last saves.
 _RECENT = 20
@@ -244,9 +244,7 @@ def measured(
 
 def throughput(records: Sequence[CheckpointRecord]) -> dict[str, float | int | None]:
     """Bytes of all ranks per second of writing: median, slowest, and the step of that."""
-    found = sorted(
-        (record.bytes / record.write_s, record.step) for record in records if record.write_s and record.bytes
-    )
+    found = sorted((rate, record.step) for record in records if (rate := durability.throughput(record)) is not None)
     if not found:
         return {"median_bytes_per_s": None, "slowest_bytes_per_s": None, "slowest_step": None}
     slowest, step = found[0]

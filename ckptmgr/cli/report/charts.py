@@ -338,7 +338,10 @@ def _legend_of_series(axes: Axes, narrow: bool, names: Sequence[str], markers: s
         _legend(
             axes,
             narrow,
-            marks=[(markers[n], ROLES[SERIES[n]], _short(each, 24)) for n, each in enumerate(names[:4])],
+            marks=[
+                (markers[n], ROLES[SERIES[n]], _short(each, 24) + (" and others" if len(names) > 4 and n == 3 else ""))
+                for n, each in enumerate(names[:4])
+            ],
         )
 
 

@@ -238,7 +238,13 @@ def _series(facts: RunFacts) -> str:
             ]
         )
     head = ["series", "verdict", "step", "commits", "failed", "steps at risk", "save to committed", "on disk"]
-    return "<h2>Series</h2>" + data_table("What may be resumed, series by series", head, rows)
+    # Of the first one they stand on top.
+    findings = "".join(
+        f"<h3>{safe(one.name)}</h3>{_findings((*one.against, *one.besides))}"
+        for one in facts.series[1:]
+        if one.against or one.besides
+    )
+    return "<h2>Series</h2>" + data_table("What may be resumed, series by series", head, rows) + findings
 
 
 # -- charts -----------------------------------------------------------------------------------------
