@@ -388,7 +388,15 @@ def _attempts(asked: Iterable[CheckpointRecord], candidates: Sequence[Candidate]
             findings.append(Finding("R007", Level.WARNING, text, hint, *about))
         elif record.is_in_flight and live_epoch:
             text = f"attempt {record.id} to save step {record.step} is in flight ({record.state})"
-            findings.append(Finding("R010", Level.INFO, text, "wait for it to be committed", *about))
+            findings.append(
+                Finding(
+                    "R010",
+                    Level.INFO,
+                    text,
+                    "wait for it to be committed; `ckptmgr watch RUN` shows whether it goes on",
+                    *about,
+                )
+            )
         elif record.is_in_flight:
             outcome = "committed if it is intact" if record.state is CheckpointState.GATHERED else "rolled back"
             text = (

@@ -66,9 +66,9 @@ def preview(args: argparse.Namespace, out: Output) -> int:
         out.note(f"epoch {live_epoch} may still be running; what it has in flight was not left by a crash")
     print_actions(out, report, todo="would")
     if report.changes:
-        todo = (
-            "`ckptmgr recover RUN --apply` does it" if live_epoch is None else "`ckptmgr watch RUN` says what it does"
-        )
+        todo = "`ckptmgr recover RUN --apply` does it"
+        if live_epoch is not None:
+            todo += " once that has ended, and is refused before; `ckptmgr watch RUN` shows whether it goes on"
         out.note("nothing was changed", todo)
     return Exit.OK
 
