@@ -12,7 +12,6 @@ from ckptmgr.cli import describe, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, age, duration, size, timestamp
 from ckptmgr.errors import CheckpointNotFound
-from ckptmgr.lifecycle import CheckpointState
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Questions, Verification
@@ -145,7 +144,7 @@ def print_facts(
         ("commit", record.commit_s),
     )
     facts = (
-        ("path", str(directory / record.directory) if record.state is CheckpointState.COMMITTED else ""),
+        ("path", str(directory / record.directory) if record.is_live else ""),
         ("staging", str(directory / record.staging_directory) if record.is_in_flight else ""),
         ("format", record.format.value),
         ("size", f"{size(record.bytes)} in {len(files)} files" if files else ""),

@@ -244,6 +244,8 @@ def print_case(out: Output, case: Case) -> None:
         )
     if case.verdict == KEPT:
         out.line("  on disk    names and sizes are as committed")
+    if case.verified is not None and record.is_live:
+        out.line(f"  trust      {describe.trust(case.verified, now)}")
     for finding in case.findings:
         out.line(f"  finding    {finding.level.value} {finding.id}: {finding.text}")
         if finding.hint:

@@ -181,3 +181,11 @@ def test_a_full_disk_and_damage_name_what_helps(run: Run, ckptmgr: Call) -> None
     words = f"ckptmgr check {run.directory} --series checkpoint"
     assert f"`{words}` says what is safe" in ckptmgr("why", run.directory, 200).out
     assert "/step-100\n" in ckptmgr(*words.split()[1:]).out
+
+
+def test_why_says_how_far_its_bytes_can_be_trusted(run: Run, ckptmgr: Call) -> None:
+    record = run.save(100)
+    assert "trust" not in ckptmgr("why", run.directory, 100).out
+
+    run.journal.record_verification(record.id, level="digest", ok=True, mismatches=[])
+    assert "  trust      verified 0 s ago\n" in ckptmgr("why", run.directory, 100).out
