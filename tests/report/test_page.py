@@ -301,3 +301,9 @@ def test_the_page_names_the_command_that_compares_every_byte_of_this_run() -> No
 
     text = page.of_run(dataclasses.replace(facts, series=(one,)))
     assert "<code>ckptmgr check /runs/alpha --series checkpoint --deep</code> compares every byte" in text
+
+
+def test_a_bar_has_its_step_however_long_the_name_of_its_series() -> None:
+    text = page.of_run(run_facts([record(1), record(21, series="a-series-with-a-rather-long-name-of-its-own")]))
+
+    assert re.findall(r">(a-[\w-]*… ?2,100)<", text) == ["a-series-with-a-rather-… 2,100", "a-series-… 2,100"]

@@ -298,14 +298,14 @@ def _phases(facts: RunFacts) -> str:
             figures.seconds(value) for value in (record.stage_s, record.write_s, record.gather_s, record.commit_s)
         ]
         lag = figures.seconds(durability.commit_lag(record))
-        label = f"{record.step:,}" if alone else f"{printable(record.series)} {record.step:,}"
+        label, step = ("", f"{record.step:,}") if alone else (printable(record.series), f" {record.step:,}")
         if record.state is CheckpointState.COMMITTED:
             said, role = charts.took(lag), "ink"
         elif record.state is CheckpointState.FAILED:
             said, role = "failed", "bad"
         else:
             said, role = record.state.value.lower(), "warn"
-        bars.append(charts.Bar(label, [value or 0.0 for value in phases], lag, said, role))
+        bars.append(charts.Bar(label, step, [value or 0.0 for value in phases], lag, said, role))
         rows.append(
             [
                 safe(record.series),
