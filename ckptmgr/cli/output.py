@@ -83,6 +83,17 @@ class Output:
         """Print one line of the result."""
         self._write(sys.stdout, self._render(spans).rstrip() + "\n")
 
+    def labelled(self, label: Span, text: str, *, indent: int) -> None:
+        """Print *text* from column *indent* on, behind its *label*; on a terminal wrapped, but no word is broken."""
+        start = [label, " " * (indent - len(_text(label)))]
+        if self._width is None:
+            self.line(*start, text)
+            return
+        first, *rest = _wrapped(clean(text), max(_NARROWEST, self._width - indent), break_words=False) or [""]
+        self.line(*start, first)
+        for piece in rest:
+            self.line(" " * indent, piece)
+
     def exactly(self, path: str) -> None:
         """
         Print a path for a script: every byte as it is, since a cleaned path would name something else.
@@ -311,14 +322,17 @@ def clean(text: str) -> str:
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
-def _wrapped(text: str, room: int) -> list[str]:
+def _wrapped(text: str, room: int, *, break_words: bool = True) -> list[str]:
     """*text* in lines of at most *room* columns; a command that fits into one is whole, so that it can be copied."""
 
     def whole(command: re.Match[str]) -> str:
         return command[0].replace(" ", _TIED) if len(command[0]) < room else command[0]
 
     tied = _COMMAND.sub(whole, text)
-    return [line.replace(_TIED, " ") for line in textwrap.wrap(tied, room, break_on_hyphens=False)]
+    return [
+        line.replace(_TIED, " ")
+        for line in textwrap.wrap(tied, room, break_on_hyphens=False, break_long_words=break_words)
+    ]
 
 
 def _folded(line: Sequence[Span], width: int) -> list[list[Span]]:

@@ -93,9 +93,9 @@ def apply(args: argparse.Namespace, out: Output) -> int:
 def print_actions(out: Output, report: recovery.RecoveryReport, *, todo: str) -> None:
     """Print what is done and what is only reported, one line each."""
     for action in report.changes:
-        out.line(Painted(todo, "yellow"), f"  {action.text}")
+        out.labelled(Painted(todo, "yellow"), action.text, indent=len(todo) + 2)
     for action in report.reports:
-        out.line(Painted("note", "dim"), f"  {action.text}")
+        out.labelled(Painted("note", "dim"), action.text, indent=6)
     if not report.changes:
         out.line(Painted("nothing to recover", "green"))
 

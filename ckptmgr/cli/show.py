@@ -164,7 +164,7 @@ def print_facts(
     out.line(f"{record.series} step {record.step}, attempt {record.id}: ", describe.state(record))
     for name, fact in facts:
         if fact:
-            out.line(f"  {name:<10}  {fact}")
+            out.labelled(f"  {name}", fact, indent=14)
 
 
 def print_failures(out: Output, record: CheckpointRecord) -> None:

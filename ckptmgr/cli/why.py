@@ -219,35 +219,36 @@ def print_case(out: Output, case: Case) -> None:
     def when(at: float) -> str:
         return f"{timestamp(at, timespec='seconds')} ({age(now - at)} ago)"
 
+    def fact(name: str, text: str) -> None:
+        out.labelled(f"  {name}", text, indent=13)
+
     out.line(
         f"{record.series} step {record.step}, attempt {record.id}: ",
         Painted(case.verdict, _COLOURS.get(case.verdict, "dim")),
         f" ({record.state.value})",
     )
     for reason in case.reasons or ("no retention decision has been made about it yet",):
-        out.line(f"  because    {reason}")
+        fact("because", reason)
     if case.pin is not None:
-        out.line(f"  pinned     {when(case.pin.pinned_at)}" + (f": {case.pin.note}" if case.pin.note else ""))
+        fact("pinned", when(case.pin.pinned_at) + (f": {case.pin.note}" if case.pin.note else ""))
     for failure in record.failures:
         silent = ", silent" if failure.get("silent") else ""
         host = failure.get("host") or "unknown host"
-        out.line(f"  rank {failure.get('rank')!s:<5} on {host}{silent}: {failure.get('cause')}")
+        fact(f"rank {failure.get('rank')!s:<5}", f"on {host}{silent}: {failure.get('cause')}")
     if record.finished_at is not None and record.state is CheckpointState.FAILED:
-        out.line(f"  failed     {when(record.finished_at)}")
+        fact("failed", when(record.finished_at))
     if record.retire_started_at is not None:
-        out.line(f"  let go     {when(record.retire_started_at)}")
+        fact("let go", when(record.retire_started_at))
     if record.retired_at is not None:
-        out.line(f"  deleted    {when(record.retired_at)}")
+        fact("deleted", when(record.retired_at))
     if decision is not None and by is not None:
-        out.line(
-            f"  decided    {when(decision.at)}, {decision.verdict}, by the commit of step {by.step} (attempt {by.id})"
-        )
+        fact("decided", f"{when(decision.at)}, {decision.verdict}, by the commit of step {by.step} (attempt {by.id})")
     if case.verdict == KEPT:
-        out.line("  on disk    names and sizes are as committed")
+        fact("on disk", "names and sizes are as committed")
     if case.verified is not None and record.is_live:
-        out.line(f"  trust      {describe.trust(case.verified, now)}")
+        fact("trust", describe.trust(case.verified, now))
     for finding in case.findings:
-        out.line(f"  finding    {finding.level.value} {finding.id}: {finding.text}")
+        fact("finding", f"{finding.level.value} {finding.id}: {finding.text}")
         if finding.hint:
-            out.line(f"             hint: {out.hint(finding.hint)}")
-    out.line(f"  next       {out.hint(case.next)}")
+            fact("", f"hint: {out.hint(finding.hint)}")
+    fact("next", out.hint(case.next))

@@ -122,3 +122,20 @@ def test_a_command_is_not_broken_where_it_fits(
         "   `ckptmgr recover runs/alpha --apply`,",
         "   or start it again",
     ]
+
+
+def test_a_labelled_text_is_wrapped_on_a_terminal_and_no_path_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "put it back: /data/runs/a-run-with-a-long-name/checkpoint/step-1000, or else"
+    Output(as_json=False).labelled("  next", text, indent=8)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    Output(as_json=False).labelled("  next", text, indent=8)
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"  next  {text}",
+        "  next  put it back:",
+        "        /data/runs/a-run-with-a-long-name/checkpoint/step-1000,",
+        "        or else",
+    ]
