@@ -148,6 +148,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     for one in wanted:
         out.line(verdict_line(one, rundir))
+    if any(one.verdict is Verdict.OLDER for one in wanted):
+        out.note("`resume` takes no older one by itself", "restore the newest, or pass allow_older=True to `resume`")
     if any(one.chosen is not None for one in wanted) and not args.deep:
         out.note("only names and sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
     if code is Exit.CORRUPT and worst is Verdict.SAFE:

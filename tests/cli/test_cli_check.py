@@ -353,3 +353,12 @@ def test_the_hint_of_latest_asks_what_latest_was_asked(run: Run, ckptmgr: Call) 
     assert done.code == 3
     (words,) = re.findall("run `ckptmgr (.*)` for the findings", done.err)
     assert ckptmgr(*words.split()).code == 3
+
+
+def test_who_may_resume_from_an_older_one_only_is_told_how(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(1000)
+    assert "allow_older" not in ckptmgr("check", run.directory).err
+
+    shutil.rmtree(run.directory / "checkpoint/step-1000")
+    assert "hint: restore the newest, or pass allow_older=True to `resume`" in ckptmgr("check", run.directory).err
