@@ -34,6 +34,7 @@ call. The facts are keyword arguments, so an error survives pickling between ran
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class RankFailure:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host or 'unknown host'}: {self.cause}"
+
+
+def disk_is_full(causes: Iterable[str]) -> bool:
+    """Whether any of the *causes* of a failed save is that there is no room for it."""
+    return any("No space left" in cause or "Disk quota" in cause for cause in causes)
 
 
 class InvalidArgument(CheckpointError, ValueError):

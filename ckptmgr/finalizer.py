@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.commit import Go, Job, Leader, in_words
-from ckptmgr.errors import CheckpointError, ForeignJournal, RankFailure, SaveFailed, StaleWriter, StateChanged
+from ckptmgr.errors import (
+    CheckpointError,
+    ForeignJournal,
+    RankFailure,
+    SaveFailed,
+    StaleWriter,
+    StateChanged,
+    disk_is_full,
+)
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointState
 from ckptmgr.manifest import FileEntry
@@ -197,7 +205,9 @@ class Finalizer:
             failures = (self._own_failure(in_words(error)),)
         if failures:
             text = f"saving {job.series} step {job.step} failed: " + "; ".join(map(str, failures))
-            job.failure = SaveFailed(text, hint=_hint(failures), series=job.series, step=job.step, failures=failures)
+            job.failure = SaveFailed(
+                text, hint=_hint(failures, job.series, job.step), series=job.series, step=job.step, failures=failures
+            )
             job.state = CheckpointState.FAILED
             log.error("%s", job.failure)
             self._agree_on_tick(job, failures)
@@ -418,8 +428,8 @@ def _known(failures: Sequence[Mapping[str, Any]]) -> tuple[RankFailure, ...]:
         return ()
 
 
-def _hint(failures: Sequence[RankFailure]) -> str:
-    if any("No space left" in failure.cause or "Disk quota" in failure.cause for failure in failures):
+def _hint(failures: Sequence[RankFailure], series: str, step: int) -> str:
+    if disk_is_full(failure.cause for failure in failures):
         return "free disk space; the next save will work, and older checkpoints are untouched"
     if any(failure.cause.startswith(StaleWriter.__name__) for failure in failures):
         return StaleWriter.hint
@@ -427,4 +437,4 @@ def _hint(failures: Sequence[RankFailure]) -> str:
         return StateChanged.hint
     if any(failure.cause.startswith(ForeignJournal.__name__) for failure in failures):
         return "see that the run directory stands where it stood, mounted; the next save works as soon as it does"
-    return "the next save works; `ckptmgr show RUN STEP` has the causes per rank"
+    return f"the next save works; `ckptmgr show RUN {step} --series {series}` has the causes per rank"

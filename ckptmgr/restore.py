@@ -180,7 +180,10 @@ class Restore:
         if record is None or not (report.newest_is_safe or allow_older):
             errors = report.passed_over or report.findings
             text = "; ".join(f"{finding.id} {finding.text}" for finding in errors[:3])
-            raise UnsafeResume(f"not resuming from {series}: {text}", report=report)
+            # Asked without, the command would answer about another series, or that it is safe.
+            asked = f"--series {series} --world-size {self._ranks.world_size}"
+            hint = f"run `ckptmgr check RUN {asked}`; pass allow_older=True to fall back to the next safe checkpoint"
+            raise UnsafeResume(f"not resuming from {series}: {text}", hint=hint, report=report)
         path = self._rundir.absolute(record.directory)
         metrics = dict(record.metrics)
         resumed = Resumed(series, record.step, path, record.world_size, metrics, record.id, report.passed_over)

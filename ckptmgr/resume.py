@@ -349,6 +349,8 @@ def _contradictions(record: CheckpointRecord, manifest: Manifest, files: Sequenc
     return wrong
 
 
+#: Mismatches that only show when the bytes are read.
+_UNSEEN = frozenset({"digest", "unreadable"})
 _KIND_OF_MISMATCH = {"missing": "R004", "size": "R004", "digest": "R005", "manifest": "R003"}
 
 
@@ -389,7 +391,15 @@ def _attempts(asked: Iterable[CheckpointRecord], candidates: Sequence[Candidate]
             findings.append(Finding("R007", Level.WARNING, text, hint, *about))
         elif record.is_in_flight and live_epoch:
             text = f"attempt {record.id} to save step {record.step} is in flight ({record.state})"
-            findings.append(Finding("R010", Level.INFO, text, "wait for it to be committed", *about))
+            findings.append(
+                Finding(
+                    "R010",
+                    Level.INFO,
+                    text,
+                    "wait for it to be committed; `ckptmgr watch RUN` shows whether it goes on",
+                    *about,
+                )
+            )
         elif record.is_in_flight:
             outcome = "committed if it is intact" if record.state is CheckpointState.GATHERED else "rolled back"
             text = (
@@ -469,6 +479,31 @@ def demand(
         text = f"{record.directory} was committed {age:.0f} s ago, and {max_age_s:.0f} s is the most that was asked for"
         unmet.append(_error("R016", record, text, "`ckptmgr log RUN` says why nothing newer was committed"))
     return dataclasses.replace(report, unmet=tuple(unmet))
+
+
+def recall(report: ResumeReport, verified: Mapping[int, Sequence[str]]) -> ResumeReport:
+    """
+    The same report, with what the last comparison of the bytes of a checkpoint found and a look at names and sizes
+    cannot see.
+
+    What is known to be damaged does not become safe by being looked at less closely. Pure.
+
+    Args:
+        report: As `check` made it, without comparing bytes.
+        verified: By attempt, the mismatches of its last verification.
+    """
+
+    def judged(candidate: Candidate) -> Candidate:
+        record = candidate.record
+        unseen = [text for text in verified.get(record.id, ()) if text.partition(":")[0] in _UNSEEN]
+        if not unseen or candidate.damaged:
+            return candidate
+        again = f"`ckptmgr verify RUN --step {record.step} --series {record.series}`"
+        text = f"{record.directory}: {_some(unseen)}, as its last verification found"
+        found = _error("R005", record, text, f"restore the files and run {again}, or resume from an older checkpoint")
+        return dataclasses.replace(candidate, findings=(*candidate.findings, found))
+
+    return dataclasses.replace(report, candidates=tuple(map(judged, report.candidates)))
 
 
 def shares(files: Iterable[FileEntry], ranks: int, *, as_saved: bool) -> list[list[FileEntry]]:

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.lifecycle import CheckpointRecord, RetirementMark
 
+#: Why the checkpoint that committed last stays.
+NEWEST = "newest committed"
 _NOTHING_PROTECTED: Mapping[int, str] = {}
 
 
@@ -243,7 +245,7 @@ def plan(
     for position, record in enumerate(newest_first):
         reasons = [text for text, ids in kept_by if record.id in ids]
         if position == 0:
-            reasons.append("newest committed")
+            reasons.append(NEWEST)
         if record.pinned:
             reasons.append("pinned")
         if record.id in protected:
@@ -269,10 +271,11 @@ def unsettled(kept: Sequence[Kept], rule: KeepRule) -> list[CheckpointRecord] | 
 
 
 _NOBODY_KEEPS = re.compile(r"no rule keeps it \((.*)\)")
+_LAST = re.compile(r"last ([0-9]+)")
 _TEXTS = (
     ("all", re.compile(r"all")),
     ("every", re.compile(r"every ([0-9]+) steps")),
-    ("last", re.compile(r"last ([0-9]+)")),
+    ("last", _LAST),
     ("best", re.compile(r"best ([0-9]+) by .* \((?:min|max)\)")),
     ("hours", re.compile(r"younger than (\S+) h")),
     ("none", re.compile(r"newest committed|pinned")),
@@ -312,6 +315,16 @@ def growth(reasons: Iterable[str], *, steps_between: int, seconds_between: float
         elif kind == "hours":
             level = max(level, 3600 * float(found[1]) / seconds_between)
     return Growth(share, level)
+
+
+def newer_that_end_it(reasons: Sequence[str]) -> int | None:
+    """
+    How many newer checkpoints it takes until nothing keeps what is kept for *reasons*, as the journal has them.
+
+    None where more than being among the last keeps it, or where a rule is none of ours.
+    """
+    last = [int(found[1]) for found in map(_LAST.fullmatch, reasons) if found]
+    return max(last) if last and len(last) == len([reason for reason in reasons if reason != NEWEST]) else None
 
 
 def _newest_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:

@@ -554,4 +554,4 @@ def _duration(seconds: float) -> str:
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
-    return f"{seconds * 1e6:.2g} µs"
+    return f"{seconds * 1e6:.0f} µs"

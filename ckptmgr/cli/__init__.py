@@ -64,8 +64,9 @@ examples:
 exit status:
   0 fine, 1 failed (a bug, or the operating system refused), 2 usage,
   3 nothing to resume from or not safe, also storage that is not safe for a run,
-  4 the newest is unusable but an older one is safe, 5 corruption, 10 no journal here, 11 the run is locked,
-  12 the journal has another schema, 130 interrupted"""
+  4 the newest is unusable but an older one is safe, 5 corruption,
+  10 no journal here, 11 the run is locked, 12 the journal has another schema,
+  130 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,7 +124,10 @@ def _planned(
     from ckptmgr.rundir import RUN_ID_NAME
 
     if (place / RUN_ID_NAME).exists():
-        raise InvalidArgument(f"{place} is a run of ckptmgr already", hint="`ckptmgr ls` says what it has")
+        raise InvalidArgument(
+            f"{place} is a run of ckptmgr already",
+            hint=f"`{shlex.join(('ckptmgr', 'ls', str(place)))}` says what it has",
+        )
     read = 0
 
     def progress(count: int) -> None:

@@ -142,7 +142,7 @@ def _ask(
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             if is_asked and not requests.withdraw(rundir.path, request.id):
-                out.note("the manager had taken the request already; `ckptmgr why` says what became of it")
+                out.note("the manager had taken the request already", "`ckptmgr ls RUN` says what became of it")
             raise
         finally:
             out.progress(None)

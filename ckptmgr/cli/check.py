@@ -49,6 +49,8 @@ EXAMPLES = """\
 _NEWEST = 20
 #: How often a series is looked at before it is said to change too fast.
 _LOOKS = 20
+#: Of more checkpoints than these the verifications of all are asked for at once.
+_ASKED_ONE_BY_ONE = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +153,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     for one in wanted:
         out.line(verdict_line(one, rundir))
+    if any(one.verdict is Verdict.OLDER for one in wanted):
+        out.note("`resume` takes no older one by itself", "restore the newest, or pass allow_older=True to `resume`")
     if any(one.chosen is not None for one in wanted) and not args.deep:
         out.note("only names and sizes were compared", "`ckptmgr check RUN --deep` compares every byte")
     if args.step is None and (older := sum(one.not_looked_at for one in wanted)):
@@ -255,12 +259,22 @@ def judge(
                 files={record.id: journal.files(record.id) for record in looked if record.directory in there},
                 besides=besides,
             )
+            if deep_for is None:
+                report = resume.recall(report, last_mismatches(journal, looked))
             if report.chosen is not None:
                 break
         # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
         if resume.asked_of(journal, series, step, newest) == records:
             return report
     raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
+
+
+def last_mismatches(journal: Questions, looked: Sequence[CheckpointRecord]) -> dict[int, Sequence[str]]:
+    """What the last verification of each found."""
+    if len(looked) > _ASKED_ONE_BY_ONE:
+        return {id: row.mismatches for id, row in journal.newest_verifications().items()}
+    last = {record.id: describe.last_of(journal.verifications(record.id)) for record in looked}
+    return {id: row.mismatches for id, row in last.items() if row is not None}
 
 
 def verify_digests(

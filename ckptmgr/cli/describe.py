@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +12,10 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Painted, age, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
 from ckptmgr.resume import Level, Verdict
+from ckptmgr.retention import NEWEST, newer_that_end_it
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Verification
+    from ckptmgr.journal import Questions, Verification
 
 #: The journal's newest decision about each checkpoint: keep or drop, and why.
 Decisions = Mapping[int, tuple[str, Sequence[str]]]
@@ -49,6 +52,23 @@ def retirement(record: CheckpointRecord) -> str | None:
     return "retiring" if record.retire_started_at is not None else None
 
 
+def decisions(journal: Questions, records: Iterable[CheckpointRecord]) -> Decisions:
+    """
+    The last word of the keep rules on each live one of *records*, and which are the newest of all now.
+
+    A commit by recovery, or one that was adopted or rebuilt, has asked no keep rule.
+    """
+    found = {
+        id: (verdict, tuple(reason for reason in reasons if reason != NEWEST))
+        for id, (verdict, reasons) in journal.decisions(record.id for record in records if record.is_live).items()
+    }
+    for name in journal.series():
+        for newest in (record for record in journal.newest(name, 1) if record.is_live):
+            verdict, reasons = found.get(newest.id, ("keep", ()))
+            found[newest.id] = ("keep", (*(reasons if verdict == "keep" else ()), NEWEST))
+    return found
+
+
 def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
     """Why a live checkpoint is kept: the reasons of the newest retention decision, and its pin."""
     if not record.is_live:
@@ -58,24 +78,56 @@ def kept_because(record: CheckpointRecord, decisions: Decisions) -> list[str]:
     return ["pinned", *kept] if record.pinned and "pinned" not in kept else kept
 
 
-def why(record: CheckpointRecord, decisions: Decisions, *, live_epoch: int | None) -> str:
-    """One phrase: why it is kept, why it goes, why it failed, or that it is being written by *live_epoch*."""
+def next_to_go(records: Iterable[CheckpointRecord], decisions: Decisions) -> list[CheckpointRecord]:
+    """
+    Which of *records*, the newest of every series among them, the next commit lets go, the keep rules being the same.
+
+    Only where that is certain: what is kept for its metric or its age as well may stay.
+    """
+    newer: collections.Counter[str] = collections.Counter()
+    going = []
+    live = (record for record in records if record.is_live)
+    for record in sorted(live, key=lambda record: record.commit_seq or 0, reverse=True):
+        newer[record.series] += 1
+        count = newer_that_end_it(kept_because(record, decisions))
+        if count is not None and newer[record.series] >= count:
+            going.append(record)
+    return sorted(going, key=lambda record: (record.series, record.commit_seq or 0))
+
+
+def why(record: CheckpointRecord, decisions: Decisions, origins: Mapping[int, str], *, live_epoch: int | None) -> str:
+    """
+    One phrase: why it is kept, why it goes, why it failed, or that it is being written by *live_epoch*.
+
+    *origins* has how those have come into the journal that no manager saved.
+    """
     if record.is_in_flight:
         if record.epoch != live_epoch:
-            return f"left unfinished by epoch {record.epoch}; see `ckptmgr recover`"
+            return f"left unfinished by epoch {record.epoch}"
         return f"in flight, epoch {record.epoch}"
     if record.state is CheckpointState.FAILED:
-        ranks = ", ".join(str(failure.get("rank")) for failure in record.failures)
-        of_ranks = f" (rank {ranks})" if ranks else ""
-        return (record.reason or "no reason recorded") + of_ranks
+        return failed_because(record.reason, [f"rank {failure.get('rank')}" for failure in record.failures])
     if record.retire_started_at is not None:
         return record.retire_reason or ""
-    return ", ".join(kept_because(record, decisions))
+    origin = origins.get(record.id, "").partition(" ")[0]
+    return ", ".join(filter(None, (origin, *kept_because(record, decisions))))
+
+
+def failed_because(reason: str | None, ranks: Sequence[str]) -> str:
+    """Why it failed, and on which *ranks*; a manager names them in the reason."""
+    said = reason or "no reason recorded"
+    missing = [rank for rank in ranks if not re.search(rf"{re.escape(rank)}\b", said)]
+    return said + (f" ({', '.join(missing)})" if missing else "")
 
 
 def trust(row: Verification, now: float) -> str:
     """When its bytes were last compared with what was committed, and whether they were those."""
     return f"verified {age(now - row.at)} ago" if row.ok else f"DAMAGED when verified {age(now - row.at)} ago"
+
+
+def last_of(verifications: Sequence[Verification]) -> Verification | None:
+    """The last time that its bytes were compared with what was committed."""
+    return next((row for row in reversed(verifications) if row.level == "digest"), None)
 
 
 def document(

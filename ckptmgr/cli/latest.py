@@ -47,10 +47,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
             }
         )
         return status
-    if path is None:
-        out.note(check.verdict_line(report, rundir).text, "run `ckptmgr check RUN` for the findings")
-    else:
+    if path is not None:
         out.exactly(path)
-    if report.verdict is Verdict.OLDER:
-        out.note(check.verdict_line(report, rundir).text, "run `ckptmgr check RUN` for the findings")
+    if path is None or report.verdict is Verdict.OLDER:
+        asked = f" --series {series}" + (f" --world-size {args.world_size}" if args.world_size is not None else "")
+        out.note(check.verdict_line(report, rundir).text, f"run `ckptmgr check RUN{asked}` for the findings")
     return status

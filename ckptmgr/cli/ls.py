@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptmgr.cli import describe, target
@@ -25,7 +26,8 @@ EXAMPLES = """\
   ckptmgr ls runs/alpha --limit 10
   ckptmgr ls runs/alpha --json | jq -r '.checkpoints[].path | values'"""
 
-
+#: Checkpoints that are named in a note.
+_NAMED = 8
 #: How many rows of a series a table has, where nothing else is asked for.
 _MOST = 1000
 
@@ -44,13 +46,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         names = journal.series() if args.series is None else [args.series]
         shown = [record for name in names for record in chosen(journal, name, args)]
         hidden = sum(journal.count(name) for name in names) - len(shown)
-        decisions = journal.decisions(record.id for record in shown if record.is_live)
+        live = [record for record in shown if record.is_live]
+        decisions, origins = describe.decisions(journal, live), journal.origins(record.id for record in live)
         verified = journal.newest_verifications()
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
+    going = describe.next_to_go(shown, decisions)
     if out.as_json:
         documents = [describe.document(record, decisions, verified.get(record.id), rundir.path) for record in shown]
-        out.document({"run": about, "checkpoints": documents, "hidden": hidden})
+        leaving = [{"checkpoint_id": one.id, "series": one.series, "step": one.step} for one in going]
+        out.document({"run": about, "checkpoints": documents, "next_to_go": leaving, "hidden": hidden})
         return Exit.OK
     now = time.time()
     if shown:
@@ -61,12 +66,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 describe.state(record),
                 age(now - (record.committed_at or record.created_at)),
                 size(record.bytes) if record.bytes else "",
-                why(record, decisions, verified.get(record.id), now, live_epoch),
+                why(record, decisions, origins, verified.get(record.id), now=now, live_epoch=live_epoch, out=out),
             ]
             for record in shown
         )
     else:
         out.note("no checkpoints to resume from" if hidden else "no checkpoints yet")
+    if going:
+        which = ", ".join(f"{record.series} {record.step}" for record in going[:_NAMED])
+        more = f" and {len(going) - _NAMED} more" if len(going) > _NAMED else ""
+        out.note(f"the next commit of each series lets go of {which}{more}")
     if hidden:
         because = "retired or failed before the newest commit"
         if args.limit is not None or (len(shown) >= _MOST and not args.all):
@@ -79,12 +88,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def why(
     record: CheckpointRecord,
     decisions: describe.Decisions,
+    origins: Mapping[int, str],
     verified: Verification | None,
+    *,
     now: float,
     live_epoch: int | None,
+    out: Output,
 ) -> Span:
     """Why it is kept, goes or failed, and of one that may be resumed from how far its bytes can be trusted."""
-    text = describe.why(record, decisions, live_epoch=live_epoch)
+    text = describe.why(record, decisions, origins, live_epoch=live_epoch)
+    if record.is_in_flight and record.epoch != live_epoch:
+        return f"{text}; see {out.hint('`ckptmgr recover RUN`')}"
     if verified is None or not record.is_live:
         return text
     both = "; ".join(part for part in (text, describe.trust(verified, now)) if part)

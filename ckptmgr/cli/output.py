@@ -28,6 +28,9 @@ from typing import IO, Any, NamedTuple
 
 #: RUN as a word of its own; in a path it is somebody's directory.
 _RUN = re.compile(r"(?<= )RUN(?=[ `]|$)")
+#: A command in a text, and what stands for its spaces while that is wrapped; `clean` leaves none in a text.
+_COMMAND = re.compile("`[^`]+`")
+_TIED = "\x1f"
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 #: The last column of a table is wrapped to what is left of the terminal, but never narrower than this.
 _NARROWEST = 20
@@ -79,6 +82,17 @@ class Output:
     def line(self, *spans: Span) -> None:
         """Print one line of the result."""
         self._write(sys.stdout, self._render(spans).rstrip() + "\n")
+
+    def labelled(self, label: Span, text: str, *, indent: int) -> None:
+        """Print *text* from column *indent* on, behind its *label*; on a terminal wrapped, but no word is broken."""
+        start = [label, " " * (indent - len(_text(label)))]
+        if self._width is None:
+            self.line(*start, text)
+            return
+        first, *rest = _wrapped(clean(text), max(_NARROWEST, self._width - indent), break_words=False) or [""]
+        self.line(*start, first)
+        for piece in rest:
+            self.line(" " * indent, piece)
 
     def exactly(self, path: str) -> None:
         """
@@ -132,19 +146,23 @@ class Output:
 
     def redraw(self, lines: Sequence[Sequence[Span]]) -> None:
         """
-        Print *lines*; on a terminal in place of those that were drawn before, cut to its width.
+        Print *lines*; on a terminal in place of those that were drawn before, wrapped to its width.
 
-        Elsewhere they come one after the other.
+        As many as the screen has room for, since those that have left it cannot be replaced. Elsewhere they come one
+        after the other.
         """
         if self._width is None:
             self._write(sys.stdout, "".join(self._render(line).rstrip() + "\n" for line in lines))
             return
-        width = shutil.get_terminal_size().columns
+        screen = shutil.get_terminal_size()
+        shown = [piece for line in lines for piece in _folded(line, screen.columns)]
+        if len(shown) >= screen.lines:
+            shown = [_cut(line, screen.columns) for line in lines]
         text = f"\x1b[{self._drawn}A" if self._drawn else ""
         # Line by line and not all at once, or the screen would flicker.
-        text += "".join(self._render(_cut(line, width)) + "\x1b[K\n" for line in lines) + "\x1b[J"
+        text += "".join(self._render(line) + "\x1b[K\n" for line in shown) + "\x1b[J"
         self._write(sys.stdout, text)
-        self._drawn = len(lines)
+        self._drawn = len(shown)
 
     def _strict(self, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -286,7 +304,7 @@ class Table:
         if self._out._width is None:
             return [left + self._out._paint(last)]
         room = max(_NARROWEST, self._out._width - indent)
-        pieces = textwrap.wrap(_text(last), room, break_on_hyphens=False) or [""]
+        pieces = _wrapped(_text(last), room) or [""]
         spans = [Painted(piece, last.colour) if isinstance(last, Painted) else piece for piece in pieces]
         first, *rest = [self._out._paint(span) for span in spans]
         return [left + first, *(" " * indent + piece for piece in rest)]
@@ -302,6 +320,36 @@ def clean(text: str) -> str:
 
 #: Control, format (which hides or reverses text), surrogate, and line or paragraph separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _wrapped(text: str, room: int, *, break_words: bool = True) -> list[str]:
+    """*text* in lines of at most *room* columns; a command that fits into one is whole, so that it can be copied."""
+
+    def whole(command: re.Match[str]) -> str:
+        return command[0].replace(" ", _TIED) if len(command[0]) < room else command[0]
+
+    tied = _COMMAND.sub(whole, text)
+    return [
+        line.replace(_TIED, " ")
+        for line in textwrap.wrap(tied, room, break_on_hyphens=False, break_long_words=break_words)
+    ]
+
+
+def _folded(line: Sequence[Span], width: int) -> list[list[Span]]:
+    """*line* as often as it takes for *width* columns, what follows set in; it is its last span that is long."""
+    *first, last = line
+    room = width - sum(len(clean(_text(span))) for span in first)
+    text = clean(_text(last))
+    if len(text) <= room or room < _NARROWEST or width <= _NARROWEST:
+        return [_cut(line, width)]
+    head, *rest = _wrapped(text, room)
+    indent = " " * 4
+    more = _wrapped(" ".join(rest), width - len(indent))
+
+    def like_last(piece: str) -> Span:
+        return Painted(piece, last.colour) if isinstance(last, Painted) else piece
+
+    return [[*first, like_last(head)], *([indent, like_last(piece)] for piece in more)]
 
 
 def _cut(line: Sequence[Span], width: int) -> list[Span]:

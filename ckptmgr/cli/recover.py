@@ -66,7 +66,10 @@ def preview(args: argparse.Namespace, out: Output) -> int:
         out.note(f"epoch {live_epoch} may still be running; what it has in flight was not left by a crash")
     print_actions(out, report, todo="would")
     if report.changes:
-        out.note("nothing was changed", "`ckptmgr recover RUN --apply` does it")
+        todo = "`ckptmgr recover RUN --apply` does it"
+        if live_epoch is not None:
+            todo += " once that has ended, and is refused before; `ckptmgr watch RUN` shows whether it goes on"
+        out.note("nothing was changed", todo)
     return Exit.OK
 
 
@@ -90,9 +93,9 @@ def apply(args: argparse.Namespace, out: Output) -> int:
 def print_actions(out: Output, report: recovery.RecoveryReport, *, todo: str) -> None:
     """Print what is done and what is only reported, one line each."""
     for action in report.changes:
-        out.line(Painted(todo, "yellow"), f"  {action.text}")
+        out.labelled(Painted(todo, "yellow"), action.text, indent=len(todo) + 2)
     for action in report.reports:
-        out.line(Painted("note", "dim"), f"  {action.text}")
+        out.labelled(Painted("note", "dim"), action.text, indent=6)
     if not report.changes:
         out.line(Painted("nothing to recover", "green"))
 

@@ -12,7 +12,6 @@ from ckptmgr.cli import describe, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, age, duration, size, timestamp
 from ckptmgr.errors import CheckpointNotFound
-from ckptmgr.lifecycle import CheckpointState
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Questions, Verification
@@ -42,14 +41,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         files = journal.files(record.id)
         history = journal.transitions(record.id)
         verifications = journal.verifications(record.id)
-        decisions = journal.decisions([record.id])
         others = [other for other in journal.of_step(record.series, record.step) if other.id != record.id]
+        both = [record, *others]
+        decisions, origins = describe.decisions(journal, both), journal.origins(one.id for one in both)
+        live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
     if out.as_json:
         out.document(
             {
                 "run": about,
-                "checkpoint": describe.document(record, decisions, last_of(verifications), rundir.path),
+                "checkpoint": describe.document(record, decisions, describe.last_of(verifications), rundir.path),
                 "ranks": by_rank(files),
                 "files": [
                     {"path": file.path, "bytes": file.size, "digest": file.digest, "rank": file.rank} for file in files
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             }
         )
         return Exit.OK
-    print_facts(out, record, decisions, rundir.path, files, verified=last_of(verifications))
+    print_facts(out, record, decisions, rundir.path, files, verified=describe.last_of(verifications))
     print_failures(out, record)
     print_history(out, history)
     if verifications:
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if others:
         out.line()
         out.table("OTHER ATTEMPT", "STATE", "WHY", right=("OTHER ATTEMPT",)).add(
-            [str(other.id), describe.state(other), describe.why(other, decisions, live_epoch=None)] for other in others
+            [str(other.id), describe.state(other), describe.why(other, decisions, origins, live_epoch=live_epoch)]
+            for other in others
         )
     if files:
         out.line()
@@ -109,11 +111,6 @@ def find(journal: Questions, series: str, step: int) -> CheckpointRecord:
         raise CheckpointNotFound(
             f"series {series!r} has no checkpoint of step {step}", hint=hint, series=series, step=step
         ) from error
-
-
-def last_of(verifications: Sequence[Verification]) -> Verification | None:
-    """The last time that its bytes were compared with what was committed."""
-    return next((row for row in reversed(verifications) if row.level == "digest"), None)
 
 
 def by_rank(files: Sequence[FileEntry]) -> list[dict[str, Any]]:
@@ -148,7 +145,7 @@ def print_facts(
         ("commit", record.commit_s),
     )
     facts = (
-        ("path", str(directory / record.directory) if record.state is CheckpointState.COMMITTED else ""),
+        ("path", str(directory / record.directory) if record.is_live else ""),
         ("staging", str(directory / record.staging_directory) if record.is_in_flight else ""),
         ("format", record.format.value),
         ("size", f"{size(record.bytes)} in {len(files)} files" if files else ""),
@@ -168,7 +165,7 @@ def print_facts(
     out.line(f"{record.series} step {record.step}, attempt {record.id}: ", describe.state(record))
     for name, fact in facts:
         if fact:
-            out.line(f"  {name:<10}  {fact}")
+            out.labelled(f"  {name}", fact, indent=14)
 
 
 def print_failures(out: Output, record: CheckpointRecord) -> None:

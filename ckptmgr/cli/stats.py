@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr import retention
+from ckptmgr import durability, retention
 from ckptmgr.cli import target
 from ckptmgr.cli.exit_codes import Exit
-from ckptmgr.cli.output import Output, Painted, duration, size, timestamp
+from ckptmgr.cli.output import Output, Painted, age, duration, size, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PHASES: Mapping[str, Callable[[CheckpointRecord], float | None]] = {
     "gather": lambda record: record.gather_s,
     "commit": lambda record: record.commit_s,
     #: From the beginning of a save to its commit: for so long the step before is what one would resume from.
-    "lag": lambda record: record.committed_at - record.created_at if record.committed_at is not None else None,
+    "lag": durability.commit_lag,
 }
 #: The pace of a run is that of its last saves.
 _RECENT = 20
@@ -108,6 +108,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     print_phases(out, phases, rates)
     print_failures(out, failures)
     out.line(forecast_line(full))
+    if full["verdict"] == FULL or (full["full_in_s"] or math.inf) < 2 * _DAY_S:
+        most = max(spaces, key=lambda name: spaces[name]["live"]["bytes"])
+        if spaces[most]["live"]["count"] > 2:
+            out.note("room can be made", f"`ckptmgr prune RUN --series {most} --keep-last 2` says what would go")
     out.note("assumed: " + "; ".join(ASSUMED))
     return Exit.OK
 
@@ -240,9 +244,7 @@ def measured(
 
 def throughput(records: Sequence[CheckpointRecord]) -> dict[str, float | int | None]:
     """Bytes of all ranks per second of writing: median, slowest, and the step of that."""
-    found = sorted(
-        (record.bytes / record.write_s, record.step) for record in records if record.write_s and record.bytes
-    )
+    found = sorted((rate, record.step) for record in records if (rate := durability.throughput(record)) is not None)
     if not found:
         return {"median_bytes_per_s": None, "slowest_bytes_per_s": None, "slowest_step": None}
     slowest, step = found[0]
@@ -328,8 +330,10 @@ def forecast_line(full: Mapping[str, Any]) -> Painted:
     if verdict == NEVER:
         why = grows if full["kept_bytes_per_day"] else "the keep rules hold what is kept level"
         return Painted(f"{disk}; never full: {why}", "green")
-    days = full["full_in_s"] / _DAY_S
-    return Painted(f"{disk}; {grows}: full in {days:.1f} days, {full['full_at'][:10]}", "yellow")
+    # To the minute where that is soon.
+    soon = full["full_in_s"] < 2 * _DAY_S
+    at = full["full_at"][: 16 if soon else 10].replace("T", " ")
+    return Painted(f"{disk}; {grows}: full in {age(full['full_in_s'])}, {at}", "red" if soon else "yellow")
 
 
 def print_space(out: Output, spaces: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:

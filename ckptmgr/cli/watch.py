@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr.cli import target
+from ckptmgr.cli import describe, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, Span, age, duration, size, timestamp
 from ckptmgr.lifecycle import Format
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             if out.as_json:
                 out.document(seen)
             else:
-                out.redraw([line for one in seen["series"] for line in lines(one)] or [["no checkpoints yet"]])
+                out.redraw([line for one in seen["series"] for line in lines(one, out)] or [["no checkpoints yet"]])
             if alive is None:
                 out.note("the manager has ended" if was_alive else "no manager is running")
             if alive is None or out.reader_left:
@@ -206,13 +206,13 @@ def by_rank(busy: CheckpointRecord, written: Mapping[str, int], shares: Mapping[
     ]
 
 
-def lines(one: Mapping[str, Any]) -> list[list[Span]]:
+def lines(one: Mapping[str, Any], out: Output) -> list[list[Span]]:
     """One series for people: what is in flight, who is behind, what committed last, what failed last."""
     name = one["series"]
     found: list[list[Span]] = []
     busy, last, failed = one["in_flight"], one["last_committed"], one["last_failure"]
     if busy is not None:
-        found.append([f"{name}  ", Painted(busy["state"], "yellow"), f" step {busy['step']} {amount(busy)}"])
+        found.append([f"{name}  ", Painted(busy["state"], "yellow"), f" step {busy['step']} {amount(busy, out)}"])
         if late := [rank for rank in busy["ranks"] if rank["behind"]]:
             some = ", ".join(f"rank {rank['rank']} ({size(rank['written_bytes'])})" for rank in late[:_SHOWN])
             more = f" and {len(late) - _SHOWN} more" if len(late) > _SHOWN else ""
@@ -222,16 +222,17 @@ def lines(one: Mapping[str, Any]) -> list[list[Span]]:
         found.append([f"{name}  ", Painted("committed", "green"), f" step {last['step']} {ago}, {size(last['bytes'])}"])
     if failed is not None:
         who = [f"rank {each['rank']} on {each['host']}" for each in failed["ranks"][:_SHOWN]]
-        where = f" ({', '.join(who)})" if who else ""
-        text = f" step {failed['step']} {age(failed['age_s'])} ago: {failed['reason']}{where}"
-        found.append([f"{name}  ", Painted("failed", "red"), text])
+        why = describe.failed_because(failed["reason"], who)
+        found.append(
+            [f"{name}  ", Painted("failed", "red"), f" step {failed['step']} {age(failed['age_s'])} ago: {why}"]
+        )
     return found
 
 
-def amount(busy: Mapping[str, Any]) -> str:
+def amount(busy: Mapping[str, Any], out: Output) -> str:
     """How long and how far it is."""
     if busy["left_unfinished"]:
-        return "left unfinished; see `ckptmgr recover`"
+        return f"left unfinished; see {out.hint('`ckptmgr recover RUN`')}"
     text = f"for {duration(busy['for_s'])}: {size(busy['written_bytes'])}"
     expected, rate = busy["expected_bytes"], busy["bytes_per_s"]
     if expected:

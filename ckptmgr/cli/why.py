@@ -7,9 +7,11 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from ckptmgr import retention
 from ckptmgr.cli import check, describe, show, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, age, timestamp
+from ckptmgr.errors import disk_is_full
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.resume import Finding, Level
 
@@ -100,9 +102,16 @@ def look(journal: Questions, rundir: RunDirectory, record: CheckpointRecord) -> 
         decision=decision,
         decided_by=journal.checkpoint(decision.decided_by) if decision is not None else None,
         pin=journal.pin_of(record.series, record.step) if record.is_live else None,
-        verified=show.last_of(journal.verifications(record.id)),
+        verified=describe.last_of(journal.verifications(record.id)),
         findings=findings,
-        next=next_command(record, verdict, findings, newest=is_newest, live_epoch=live_epoch),
+        next=next_command(
+            record,
+            verdict,
+            findings,
+            newest=is_newest,
+            goes_next=goes_next(journal, record, reasons),
+            live_epoch=live_epoch,
+        ),
     )
 
 
@@ -126,35 +135,53 @@ def judge(
     if wrong := tuple(f"{each.id} {each.text}" for each in findings if each.level is Level.ERROR):
         return UNSAFE, wrong
     decided = {record.id: (decision.verdict, decision.reasons)} if decision is not None else {}
-    reasons = [why for why in describe.kept_because(record, decided) if why != NEWEST]
-    return KEPT, (*([NEWEST] if newest else []), *reasons)
+    reasons = [why for why in describe.kept_because(record, decided) if why != retention.NEWEST]
+    return KEPT, (*([retention.NEWEST] if newest else []), *reasons)
 
 
-#: As `retention.plan` says it; asked for anew, since a decision may be older than the next commit.
-NEWEST = "newest committed"
+def goes_next(journal: Questions, record: CheckpointRecord, reasons: tuple[str, ...]) -> bool:
+    """Whether the next commit lets it go, the keep rules being the same, as far as that is certain."""
+    count = retention.newer_that_end_it(reasons)
+    if count is None:
+        return False
+    live = (one for one in journal.newest(record.series, count) if one.is_live)
+    return sum((one.commit_seq or 0) >= (record.commit_seq or 0) for one in live) >= count
 
 
 def next_command(
-    record: CheckpointRecord, verdict: str, findings: tuple[Finding, ...], *, newest: bool, live_epoch: int | None
+    record: CheckpointRecord,
+    verdict: str,
+    findings: tuple[Finding, ...],
+    *,
+    newest: bool,
+    goes_next: bool,
+    live_epoch: int | None,
 ) -> str:
     """What happens next, or which command makes it happen."""
     where = f"RUN {record.step} --series {record.series}"
     latest = f"`ckptmgr latest RUN --series {record.series}`"
     recover = "the next start of a manager decides, or `ckptmgr recover RUN --apply`"
+    causes = [record.reason or "", *(str(failure.get("cause")) for failure in record.failures)]
+    again = "the next save works"
+    if disk_is_full(causes):
+        again = "the next save works once there is space: `ckptmgr stats RUN` says what takes it"
     if record.pinned:
         stays = f"it stays until it is unpinned: `ckptmgr unpin {where}`"
     elif newest:
         stays = f"it stays at least until the next commit; {latest} names it"
+    elif goes_next:
+        stays = f"the next commit of its series lets it go; `ckptmgr pin {where}` keeps it"
     else:
         stays = f"it goes when a commit finds that no keep rule keeps it; `ckptmgr pin {where}` keeps it"
     return {
         KEPT: stays,
-        UNSAFE: next((each.hint for each in findings if each.level is Level.ERROR and each.hint), recover),
+        UNSAFE: next((each.hint for each in findings if each.level is Level.ERROR and each.hint), recover)
+        + f"; `ckptmgr check RUN --series {record.series}` says what is safe",
         RETIRING: recover
         if live_epoch is None
         else f"epoch {live_epoch} deletes it after its next commit at the latest; it is never resumed from again",
         RETIRED: f"it is gone; {latest} names what to resume from",
-        FAILED: f"it is never resumed from, and the next save works; `ckptmgr show {where}` has its history",
+        FAILED: f"it is never resumed from, and {again}; `ckptmgr show {where}` has its history",
         IN_FLIGHT: "`ckptmgr log RUN --follow` tells when it is COMMITTED",
         INTERRUPTED: recover,
     }[verdict]
@@ -192,33 +219,36 @@ def print_case(out: Output, case: Case) -> None:
     def when(at: float) -> str:
         return f"{timestamp(at, timespec='seconds')} ({age(now - at)} ago)"
 
+    def fact(name: str, text: str) -> None:
+        out.labelled(f"  {name}", text, indent=13)
+
     out.line(
         f"{record.series} step {record.step}, attempt {record.id}: ",
         Painted(case.verdict, _COLOURS.get(case.verdict, "dim")),
         f" ({record.state.value})",
     )
     for reason in case.reasons or ("no retention decision has been made about it yet",):
-        out.line(f"  because    {reason}")
+        fact("because", reason)
     if case.pin is not None:
-        out.line(f"  pinned     {when(case.pin.pinned_at)}" + (f": {case.pin.note}" if case.pin.note else ""))
+        fact("pinned", when(case.pin.pinned_at) + (f": {case.pin.note}" if case.pin.note else ""))
     for failure in record.failures:
         silent = ", silent" if failure.get("silent") else ""
         host = failure.get("host") or "unknown host"
-        out.line(f"  rank {failure.get('rank')!s:<5} on {host}{silent}: {failure.get('cause')}")
+        fact(f"rank {failure.get('rank')!s:<5}", f"on {host}{silent}: {failure.get('cause')}")
     if record.finished_at is not None and record.state is CheckpointState.FAILED:
-        out.line(f"  failed     {when(record.finished_at)}")
+        fact("failed", when(record.finished_at))
     if record.retire_started_at is not None:
-        out.line(f"  let go     {when(record.retire_started_at)}")
+        fact("let go", when(record.retire_started_at))
     if record.retired_at is not None:
-        out.line(f"  deleted    {when(record.retired_at)}")
+        fact("deleted", when(record.retired_at))
     if decision is not None and by is not None:
-        out.line(
-            f"  decided    {when(decision.at)}, {decision.verdict}, by the commit of step {by.step} (attempt {by.id})"
-        )
+        fact("decided", f"{when(decision.at)}, {decision.verdict}, by the commit of step {by.step} (attempt {by.id})")
     if case.verdict == KEPT:
-        out.line("  on disk    names and sizes are as committed")
+        fact("on disk", "names and sizes are as committed")
+    if case.verified is not None and record.is_live:
+        fact("trust", describe.trust(case.verified, now))
     for finding in case.findings:
-        out.line(f"  finding    {finding.level.value} {finding.id}: {finding.text}")
+        fact("finding", f"{finding.level.value} {finding.id}: {finding.text}")
         if finding.hint:
-            out.line(f"             hint: {out.hint(finding.hint)}")
-    out.line(f"  next       {out.hint(case.next)}")
+            fact("", f"hint: {out.hint(finding.hint)}")
+    fact("next", out.hint(case.next))

@@ -379,16 +379,19 @@ class Questions:
     def decisions(self, of: Iterable[int] | None = None) -> dict[int, tuple[str, tuple[str, ...]]]:
         """The last word of retention on each checkpoint it looked at, or those *of*: ("keep" or "drop", reasons)."""
         query = "SELECT checkpoint_id, verdict, reasons FROM retirement_decision"
-        if of is None:
-            rows = self._asked(query)
-        else:
-            numbers = sorted(of)
-            some = [numbers[start : start + _AT_ONCE] for start in range(0, len(numbers), _AT_ONCE)]
-            among = f"{query} WHERE checkpoint_id IN "
-            rows = [row for few in some for row in self._asked(f"{among}({', '.join('?' * len(few))})", *few)]
+        rows = self._asked(query) if of is None else self._asked_of(f"{query} WHERE checkpoint_id IN", of)
         return {
             each["checkpoint_id"]: (each["verdict"], self._texts(each["reasons"])) for each in map(self._decision, rows)
         }
+
+    def origins(self, of: Iterable[int]) -> dict[int, str]:
+        """How those of these that no manager saved came into the journal: adopted, or rebuilt, and from what."""
+        query = (
+            "SELECT checkpoint_id, note FROM transition WHERE source IS NULL"
+            " AND (note LIKE 'adopted from %' OR note LIKE 'rebuilt from %') AND checkpoint_id IN"
+        )
+        rows = [self._facts("transition", row) for row in self._asked_of(query, of)]
+        return {row["checkpoint_id"]: row["note"] for row in rows}
 
     def decision_on(self, checkpoint_id: int) -> Decision | None:
         """The last word of retention on one checkpoint, if it has looked at it."""
@@ -419,6 +422,12 @@ class Questions:
                 table, of = sealed
                 database.require_intact(connection, self.path, [table], of=of)
         return rows
+
+    def _asked_of(self, query: str, numbers: Iterable[int]) -> list[Facts]:
+        """The rows of a query that ends with IN, for any number of *numbers*."""
+        ordered = sorted(numbers)
+        some = [ordered[start : start + _AT_ONCE] for start in range(0, len(ordered), _AT_ONCE)]
+        return [row for few in some for row in self._asked(f"{query} ({', '.join('?' * len(few))})", *few)]
 
     def _records(self, query: str, *values: Any) -> list[CheckpointRecord]:
         return [self._record(row) for row in self._asked(query, *values)]

@@ -137,7 +137,7 @@ class WriterProcess:
         try:
             if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
                 return Answer(
-                    cause=self._give_up(f"the writer process did not answer within {max(0.0, timeout_s):.3g} s")
+                    cause=self._give_up(f"the writer process did not answer within {max(0.0, timeout_s):g} s")
                 )
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:

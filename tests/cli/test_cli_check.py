@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -365,3 +366,22 @@ def test_a_mark_that_is_a_directory_is_not_our_bug(run: Run, ckptmgr: Call) -> N
     assert done.code == 3
     assert "not a regular file" in done.err
     assert "Traceback" not in done.err
+
+
+def test_the_hint_of_latest_asks_what_latest_was_asked(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(500, series="hf", per_rank=["rng"], world_size=4)
+
+    done = ckptmgr("latest", run.directory, "--series", "hf", "--world-size", 2)
+    assert done.code == 3
+    (words,) = re.findall("run `ckptmgr (.*)` for the findings", done.err)
+    assert ckptmgr(*words.split()).code == 3
+
+
+def test_who_may_resume_from_an_older_one_only_is_told_how(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.save(1000)
+    assert "allow_older" not in ckptmgr("check", run.directory).err
+
+    shutil.rmtree(run.directory / "checkpoint/step-1000")
+    assert "hint: restore the newest, or pass allow_older=True to `resume`" in ckptmgr("check", run.directory).err

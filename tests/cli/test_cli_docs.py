@@ -196,6 +196,8 @@ def full(run: Run) -> Run:
 
 
 def test_json_of_ls(full: Run, ckptmgr: Call) -> None:
+    newest = full.journal.newest("checkpoint", 1)[0]
+    full.save(9000, series="hf", layout=Format.HUGGINGFACE, decisions=[(newest.id, "keep", ("last 1",))])
     assert_documented("ckptmgr ls", [ckptmgr("ls", full.directory, "--all", "--json").json])
 
 

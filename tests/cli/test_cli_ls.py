@@ -37,8 +37,11 @@ def test_a_pin_is_a_reason_before_the_next_commit_has_decided(run: Run, ckptmgr:
     run.save(500)
     run.journal.pin("checkpoint", 500)
 
-    assert rows(ckptmgr("ls", run.directory).out)[0][-1] == "pinned"
-    assert ckptmgr("ls", run.directory, "--json").json["checkpoints"][0]["kept_because"] == ["pinned"]
+    assert rows(ckptmgr("ls", run.directory).out)[0][-3:] == ["pinned,", "newest", "committed"]
+    assert ckptmgr("ls", run.directory, "--json").json["checkpoints"][0]["kept_because"] == [
+        "pinned",
+        "newest committed",
+    ]
 
 
 def test_a_drop_decision_is_not_shown_as_a_reason_to_keep(run: Run, ckptmgr: Call) -> None:
@@ -186,3 +189,66 @@ def test_listing_works_when_the_run_directory_is_gone(run: Run, ckptmgr: Call) -
     run.directory.rename(f"{run.directory}.moved")
 
     assert ckptmgr("ls", run.directory).code == 0
+
+
+def test_what_is_newest_is_asked_anew_where_no_keep_rule_was(run: Run, ckptmgr: Call) -> None:
+    first = run.save(500)
+    run.save(1000, decisions=[(first.id, "keep", ("last 2", "newest committed"))])  # as recovery commits
+
+    assert [row[7:] for row in rows(ckptmgr("ls", run.directory).out)] == [["last", "2"], ["newest", "committed"]]
+    kept = [one["kept_because"] for one in ckptmgr("ls", run.directory, "--json").json["checkpoints"]]
+    assert kept == [["last 2"], ["newest committed"]]
+    assert ckptmgr("show", run.directory, 1000, "--json").json["checkpoint"]["kept_because"] == ["newest committed"]
+
+
+def test_what_was_rebuilt_says_so(run: Run, ckptmgr: Call) -> None:
+    run.save(500)
+    run.journal.close()
+    run.journal_path.unlink()
+    assert ckptmgr("recover", run.directory, "--rebuild", "--apply").code == 0
+
+    assert rows(ckptmgr("ls", run.directory).out)[0][7:] == ["rebuilt,", "newest", "committed"]
+
+
+def test_a_failure_names_its_ranks_once(run: Run, ckptmgr: Call) -> None:
+    failures = [{"rank": rank, "host": "n1", "cause": "x"} for rank in (1, 11)]
+    run.save(300, until=S.FAILED, reason="rank 11 on n1: x", failures=failures)
+
+    assert ckptmgr("ls", run.directory).out.rstrip().endswith("  rank 11 on n1: x (rank 1)")
+
+
+def test_what_a_crash_left_names_the_command_for_this_run(run: Run, ckptmgr: Call) -> None:
+    run.save(300, until=S.WRITING)
+    run.start(pid=NO_PROCESS)
+
+    told = f"see `ckptmgr recover {run.directory}`"
+    assert f"left unfinished by epoch 1; {told}" in ckptmgr("ls", run.directory).out
+    assert f"left unfinished; {told}" in ckptmgr("watch", run.directory).out
+
+
+def test_what_goes_next_is_named_where_that_is_certain(run: Run, ckptmgr: Call) -> None:
+    kept = {
+        100: ("last 3", "every 100 steps"),
+        110: ("last 3",),
+        120: ("last 3",),
+        130: ("last 3", "newest committed"),
+    }
+    records = [run.save(step) for step in kept]
+    run.save(
+        200,
+        series="hf",
+        layout=Format.HUGGINGFACE,
+        decisions=[(record.id, "keep", why) for record, why in zip(records, kept.values(), strict=True)],
+    )
+    (hf,) = (one for one in run.journal.checkpoints(series="hf"))
+    run.save(210, series="snapshot", decisions=[(hf.id, "keep", ("last 1", "newest committed"))])
+
+    assert "the next commit of each series lets go of checkpoint 110, hf 200\n" in ckptmgr("ls", run.directory).err
+    assert ckptmgr("ls", run.directory, "--json").json["next_to_go"] == [
+        {"checkpoint_id": records[1].id, "series": "checkpoint", "step": 110},
+        {"checkpoint_id": hf.id, "series": "hf", "step": 200},
+    ]
+    told = [ckptmgr("why", run.directory, step).out for step in (100, 110, 120)]
+    assert ["next       the next commit of its series lets it go" in text for text in told] == [False, True, False]
+    run.journal.pin("checkpoint", 110)
+    assert [one["step"] for one in ckptmgr("ls", run.directory, "--json").json["next_to_go"]] == [200]

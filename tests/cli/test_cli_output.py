@@ -105,3 +105,37 @@ def test_with_json_nothing_but_the_document_is_printed(capsys: pytest.CaptureFix
     out.progress(lambda: "verifying")
 
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_is_not_broken_where_it_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    table = Output(as_json=False).table("A", "WHY")
+    table.add([["x", "what was left: run `ckptmgr recover runs/alpha --apply`, or start it again"]])
+
+    *_, first, second, third = capsys.readouterr().out.splitlines()
+    assert [first, second, third] == [
+        "x  what was left: run",
+        "   `ckptmgr recover runs/alpha --apply`,",
+        "   or start it again",
+    ]
+
+
+def test_a_labelled_text_is_wrapped_on_a_terminal_and_no_path_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "put it back: /data/runs/a-run-with-a-long-name/checkpoint/step-1000, or else"
+    Output(as_json=False).labelled("  next", text, indent=8)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    Output(as_json=False).labelled("  next", text, indent=8)
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"  next  {text}",
+        "  next  put it back:",
+        "        /data/runs/a-run-with-a-long-name/checkpoint/step-1000,",
+        "        or else",
+    ]

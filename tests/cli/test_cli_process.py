@@ -78,6 +78,10 @@ def test_every_command_is_among_those_checked_for_torch() -> None:
     assert {words[0] for words in COMMAND_LINES} | ELSEWHERE == set(COMMANDS)
 
 
+def test_help_fits_a_terminal() -> None:
+    assert max(map(len, plain(on_terminal("--help")).splitlines())) <= 80
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_load_neither_a_command_nor_a_database_library(flag: str) -> None:
     assert {"sqlalchemy", "sqlite3", *(f"ckptmgr.cli.{name}" for name in COMMANDS)}.isdisjoint(loaded_by(flag))

@@ -89,6 +89,7 @@ def test_recover_notes_a_manager_that_may_be_running(run: Run, ckptmgr: Call) ->
     done = ckptmgr("recover", run.directory)
 
     assert "may still be running" in done.err
+    assert "does it once that has ended, and is refused before; `ckptmgr watch" in done.err
     assert ckptmgr("recover", run.directory, "--json").json["live_epoch"] == run.epoch
 
     run.crash()

@@ -11,7 +11,7 @@ from datetime import datetime
 from run_on_disk import Call, Run, S, start
 
 from ckptmgr.cli.show import by_rank
-from ckptmgr.lifecycle import Format
+from ckptmgr.lifecycle import Format, RetirementMark
 from ckptmgr.manifest import Digest, FileEntry
 
 
@@ -165,3 +165,11 @@ def test_log_follow_as_text_prints_one_header_and_keeps_the_columns(run: Run) ->
     assert first[0].startswith("TIME")
     assert {line.index("checkpoint") for line in first[1:] + later} == {first[0].index("SERIES")}
     assert all(line.split()[2] == "1000" for line in later)
+
+
+def test_what_is_gone_has_no_path_to_resume_from(run: Run, ckptmgr: Call) -> None:
+    record = run.save(500)
+    assert f"  path        {run.directory}/checkpoint/step-500" in ckptmgr("show", run.directory, 500).out
+    run.journal.mark_retiring([RetirementMark(record.id, "no rule keeps it (last 1)")], epoch=run.epoch)
+
+    assert "  path " not in ckptmgr("show", run.directory, 500).out

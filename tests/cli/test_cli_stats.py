@@ -9,8 +9,9 @@ import shutil
 import pytest
 from run_on_disk import NO_PROCESS, Call, Run, S
 
+from ckptmgr import durability
 from ckptmgr.cli import stats
-from ckptmgr.cli.stats import FULL, GROWS, NEVER, UNKNOWN, Growth, forecast, growth, measured, throughput
+from ckptmgr.cli.stats import FULL, GROWS, NEVER, UNKNOWN, Growth, forecast, forecast_line, growth, measured, throughput
 from ckptmgr.lifecycle import CheckpointRecord, Format, RetirementMark
 from ckptmgr.retention import KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, KeepRule, plan
 
@@ -238,3 +239,23 @@ def test_series_filters_and_the_forecast_is_about_all(run: Run, ckptmgr: Call) -
         ckptmgr("stats", run.directory, "--json").json["forecast"] | {"free_bytes": 0, "kept_bytes_per_day": 0}
     )
     assert ckptmgr("stats", run.directory, "--series", "nope").code == 2
+
+
+def test_a_disk_that_is_full_soon_says_when_and_what_would_make_room() -> None:
+    full = {"verdict": GROWS, "free_bytes": 10, "total_bytes": 100, "kept_bytes_per_day": 9.0,
+            "full_in_s": 7300.0, "full_at": "2026-01-02T03:04:05.000Z"}  # fmt: skip
+    assert forecast_line(full) == (
+        "disk: 10 B of 100 B free; what is kept grows by 9 B a day: full in 2 h, 2026-01-02 03:04",
+        "red",
+    )
+    later = forecast_line({**full, "full_in_s": 5 * DAY})
+    assert later == ("disk: 10 B of 100 B free; what is kept grows by 9 B a day: full in 5 d, 2026-01-02", "yellow")
+
+
+def test_the_lag_is_that_of_the_report_and_never_negative() -> None:
+    lag = stats.PHASES["lag"]
+    record = saved(1, stage_s=2.0, write_s=50.0)
+
+    assert lag(record) == durability.commit_lag(record) == 62.0
+    assert lag(dataclasses.replace(record, committed_at=record.created_at - 7200)) == 2.0  # the clock was set back
+    assert lag(dataclasses.replace(record, write_s=None)) is None  # rebuilt: nobody measured it

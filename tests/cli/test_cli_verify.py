@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from run_on_disk import Call, Run, S, start
+from run_on_disk import NO_PROCESS, Call, Run, S, start
 
 from ckptmgr import pace
 from ckptmgr.cli.verify import COMMAND, DAMAGED, GONE, INTACT, compare
@@ -327,3 +327,46 @@ def test_it_reads_no_faster_than_asked(run: Run, ckptmgr: Call, monkeypatch: pyt
     waits.clear()
     ckptmgr("verify", run.directory)
     assert waits == []
+
+
+def test_what_is_known_to_be_damaged_is_safe_for_no_command_until_it_is_verified_again(run: Run, ckptmgr: Call) -> None:
+    for step in (100, 200):
+        run.save(step)
+    flip(run, "checkpoint/step-200/model.bin")
+    assert ckptmgr("check", run.directory).code == 0  # nobody has read it yet
+    run.start(pid=NO_PROCESS)
+    assert ckptmgr("verify", run.directory).code == 5
+
+    checked = ckptmgr("check", run.directory)
+    assert checked.code == 4
+    assert "R005" in checked.out
+    assert "model.bin has other bytes than were committed, as its last verification found" in checked.out
+    assert f"`ckptmgr verify {run.directory} --step 200 --series checkpoint`" in checked.out
+    assert ckptmgr("latest", run.directory).out == f"{run.directory}/checkpoint/step-100\n"
+    (told,) = ckptmgr("why", run.directory, 200, "--json").json["attempts"]
+    assert told["verdict"] == "not resumable"
+    plan = ckptmgr("prune", run.directory, "--keep-last", 1, "--json").json
+    assert plan["drop"] == []
+    flip(run, "checkpoint/step-200/model.bin")
+    assert ckptmgr("check", run.directory, "--deep").code == 0
+    assert ckptmgr("check", run.directory).code == 4
+    assert ckptmgr("verify", run.directory, "--step", 200).code == 0
+    assert ckptmgr("check", run.directory).code == 0
+
+
+def test_damage_that_a_look_can_see_is_judged_anew(run: Run, ckptmgr: Call) -> None:
+    record = run.save(100)
+    run.journal.record_verification(
+        record.id, level="digest", ok=False, mismatches=["missing: model.bin cannot be read: No such file or directory"]
+    )
+
+    assert ckptmgr("check", run.directory).code == 0
+
+
+def test_what_is_known_is_asked_for_at_once_of_many(run: Run, ckptmgr: Call) -> None:
+    records = [run.save(step) for step in range(0, 60, 10)]
+    run.journal.record_verification(records[2].id, level="digest", ok=False, mismatches=["digest: model.bin has other"])
+
+    done = ckptmgr("check", run.directory, "--json").json
+    safe = {one["step"]: one["safe"] for one in done["reports"][0]["candidates"]}
+    assert safe == {0: True, 10: True, 20: False, 30: True, 40: True, 50: True}

@@ -11,9 +11,12 @@ from typing import Any
 from run_on_disk import NO_PROCESS, Call, Run, S, start
 from test_cli_process import on_terminal, plain
 
+from ckptmgr.cli.output import Output
 from ckptmgr.cli.watch import Watcher, by_rank, lines
 from ckptmgr.journal import Questions
 from ckptmgr.lifecycle import Format
+
+OUT = Output(as_json=False, run=["runs/alpha"])
 
 
 def shards(*sizes: int) -> dict[str, bytes]:
@@ -39,7 +42,7 @@ def test_what_is_in_flight_shows_its_bytes_by_rank_and_who_is_behind(run: Run) -
     assert busy["written_bytes"] == sum(rank["written_bytes"] for rank in busy["ranks"]) >= 1856 << 10
     assert [rank["behind"] for rank in busy["ranks"]] == [False, False, True, False]
     assert [rank["expected_bytes"] for rank in busy["ranks"]] == [1 << 20, 1 << 20, 1 << 20, 1 << 16]
-    text = ["".join(span if isinstance(span, str) else span.text for span in line) for line in lines(look(run))]
+    text = ["".join(span if isinstance(span, str) else span.text for span in line) for line in lines(look(run), OUT)]
     assert any("behind: rank 2 (" in line for line in text)
     assert any("WRITING step 1000 for" in line and "of about 3.2 MB" in line for line in text)
 
@@ -158,7 +161,7 @@ def test_it_ends_when_its_reader_has_gone(run: Run) -> None:
             child.kill()
 
 
-def test_a_terminal_sees_one_look_in_place_of_the_other_and_no_line_is_wrapped(run: Run) -> None:
+def test_a_terminal_sees_one_look_in_place_of_the_other_and_all_of_each(run: Run) -> None:
     run.save(500, until=S.FAILED, reason="a long reason " * 20)
     run.save(600)
     timer = threading.Timer(3.0, run.journal.end_epoch, [run.epoch])
@@ -168,12 +171,13 @@ def test_a_terminal_sees_one_look_in_place_of_the_other_and_no_line_is_wrapped(r
     finally:
         timer.join()
 
-    frames = seen.split("\x1b[2A")
+    frames = seen.split("\x1b[6A")
     assert len(frames) > 2
     for frame in frames:
         text = [line for line in plain(frame.replace("\x1b[J", "")).splitlines() if "manager" not in line]
-        assert len([line for line in text if line]) == 2
+        assert len([line for line in text if line]) == 6
         assert max(map(len, text)) <= 80
+        assert " ".join(line.strip() for line in text).count("a long reason") == 20
 
 
 def test_a_pipe_gets_plain_lines(run: Run, ckptmgr: Call, tmp_path: Path) -> None:

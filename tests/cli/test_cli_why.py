@@ -143,7 +143,7 @@ def test_why_says_what_keeps_a_checkpoint_from_being_resumed(run: Run, ckptmgr: 
 
     id = {"directory": "R002", "file": "R004", "manifest": "R003"}[damage]
     assert (case["verdict"], [finding["id"] for finding in case["findings"]]) == ("not resumable", [id])
-    assert case["hint"] == case["findings"][0]["hint"]
+    assert case["hint"].startswith(case["findings"][0]["hint"] + "; `ckptmgr check ")
     assert case["reasons"][0].startswith(id)
     done = ckptmgr("why", run.directory, 500)
     assert (done.code, id in done.out) == (0, True)
@@ -169,3 +169,23 @@ def test_a_step_that_was_never_saved_ends_with_3_and_names_where_it_is(run: Run,
     assert "--series hf" in done.err
     assert ckptmgr("why", run.directory, 500, "--series", "hf").code == 0
     assert ckptmgr("why", run.directory, "x").code == 2
+
+
+def test_a_full_disk_and_damage_name_what_helps(run: Run, ckptmgr: Call) -> None:
+    run.save(100)
+    run.save(200)
+    run.save(300, until=S.FAILED, reason="rank 0 on n1: OSError: [Errno 28] No space left on device")
+    (run.directory / "checkpoint/step-200/model.bin").write_bytes(b"")
+
+    assert f"once there is space: `ckptmgr stats {run.directory}` says what" in ckptmgr("why", run.directory, 300).out
+    words = f"ckptmgr check {run.directory} --series checkpoint"
+    assert f"`{words}` says what is safe" in ckptmgr("why", run.directory, 200).out
+    assert "/step-100\n" in ckptmgr(*words.split()[1:]).out
+
+
+def test_why_says_how_far_its_bytes_can_be_trusted(run: Run, ckptmgr: Call) -> None:
+    record = run.save(100)
+    assert "trust" not in ckptmgr("why", run.directory, 100).out
+
+    run.journal.record_verification(record.id, level="digest", ok=True, mismatches=[])
+    assert "  trust      verified 0 s ago\n" in ckptmgr("why", run.directory, 100).out

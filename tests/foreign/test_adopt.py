@@ -64,6 +64,10 @@ def test_what_was_adopted_is_resumed_from(name: str, theirs: Theirs, tmp_path: P
     assert everything(directory) == before
     assert ckptmgr("check", run, "--deep")[0] == 0
     assert ckptmgr("latest", run)[1] == f"{run}/checkpoint/step-10\n"
+    assert [line.split()[7:] for line in ckptmgr("ls", run)[1].splitlines()[1:]] == [
+        ["adopted"],
+        ["adopted,", "newest", "committed"],
+    ]
     for step in (None, 5):
         state = resumed(run, step)
         assert state["step"] == (step or 10)

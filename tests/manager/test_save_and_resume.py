@@ -461,6 +461,7 @@ def test_damage_is_found_by_size_always_and_by_digest_on_demand(open_manager: Op
         with pytest.raises(UnsafeResume, match="R004") as caught:
             manager.resume(state)
         assert caught.value.report.chosen is not None
+        assert "`ckptmgr check RUN --series checkpoint --world-size 1`" in caught.value.hint
         (run_dir / "checkpoint" / "step-2" / "__0_0.distcp").unlink()
         with pytest.raises(UnsafeResume, match="R004"):
             manager.resume(state)

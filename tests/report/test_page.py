@@ -277,3 +277,33 @@ def test_a_drawing_is_plain() -> None:
     assert names.isdisjoint({"style", "font-family", "{http://www.w3.org/1999/xlink}href"})
     assert "$a$ & <b>" in [element.text for element in wide.iter("text")]
     assert {element.get("id", "when-").split("-")[0] for element in wide.iter()} == {"when"}
+
+
+def test_other_series_say_why_not_their_newest() -> None:
+    text = page.of_run(run_facts([record(1), record(2, series="hf")]))
+    table, _, after = text[text.index("<h2>Series</h2>") : text.index('id="timeline-title"')].partition("</table>")
+
+    assert "hf" in table
+    assert "<h3>hf</h3>" in after
+    assert "R004" in after
+
+
+def test_the_legend_says_that_the_fourth_colour_is_of_more_than_one_series() -> None:
+    few, many = (page.of_run(run_facts([record(n, series=f"s{n}") for n in range(1, last)])) for last in (5, 7))
+
+    assert ">s4 and others<" in many
+    assert ">s4 and others<" not in few
+
+
+def test_the_page_names_the_command_that_compares_every_byte_of_this_run() -> None:
+    facts = run_facts([record(1)])
+    one = dataclasses.replace(facts.series[0], deep="`ckptmgr check /runs/alpha --series checkpoint --deep`")
+
+    text = page.of_run(dataclasses.replace(facts, series=(one,)))
+    assert "<code>ckptmgr check /runs/alpha --series checkpoint --deep</code> compares every byte" in text
+
+
+def test_a_bar_has_its_step_however_long_the_name_of_its_series() -> None:
+    text = page.of_run(run_facts([record(1), record(21, series="a-series-with-a-rather-long-name-of-its-own")]))
+
+    assert re.findall(r">(a-[\w-]*… ?2,100)<", text) == ["a-series-with-a-rather-… 2,100", "a-series-… 2,100"]

@@ -350,3 +350,10 @@ def test_texts_are_one_sentence_and_leave_no_gap() -> None:
 
     assert all(text and "{" not in text and not text.endswith((".", " ", ":")) for text in texts - {"DETAIL", ""})
     assert not [text for text in texts if re.search(r"\s\s", text)]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(4e-5, "40 µs"), (7.04e-4, "704 µs"), (0.0123, "12.3 ms"), (2.0, "2 s")])
+def test_how_long_a_sync_takes_is_said_in_plain_numbers(seconds: float, said: str) -> None:
+    timed = Trial(Outcome.WORKS, numbers={**NUMBERS["sync_file"], "seconds": seconds})
+
+    assert f", {said} each" in found(but(sync_file=timed), "D015").text

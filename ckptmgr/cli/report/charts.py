@@ -123,9 +123,10 @@ def timeline(lanes: Sequence[Lane], starts: Sequence[float], within: tuple[float
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One attempt: seconds of each of `PHASES`, seconds until it was committed, and what to say at its end."""
+    """One attempt: its name, seconds of each of `PHASES` and until it was committed, and what to say at its end."""
 
     label: str
+    step: str
     took: Sequence[float]
     committed_s: float | None
     said: str
@@ -158,7 +159,7 @@ def phases(bars: Sequence[Bar], name: str) -> str:
         longest = max([*left, 1e-9])
         for place, bar in enumerate(bars):
             axes.text(left[place] + 0.015 * longest, place, bar.said, va="center", color=ROLES[bar.role], fontsize=12)
-        axes.set_yticks(places, [_short(bar.label, 16 if narrow else 30) for bar in bars])
+        axes.set_yticks(places, [_short(bar.label, 16 if narrow else 30, whole=bar.step) for bar in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(0, longest * (1.45 if narrow else 1.18))
         axes.tick_params(axis="y", length=0)
@@ -338,7 +339,10 @@ def _legend_of_series(axes: Axes, narrow: bool, names: Sequence[str], markers: s
         _legend(
             axes,
             narrow,
-            marks=[(markers[n], ROLES[SERIES[n]], _short(each, 24)) for n, each in enumerate(names[:4])],
+            marks=[
+                (markers[n], ROLES[SERIES[n]], _short(each, 24) + (" and others" if len(names) > 4 and n == 3 else ""))
+                for n, each in enumerate(names[:4])
+            ],
         )
 
 
@@ -354,8 +358,10 @@ def _day(at: float) -> float:
     return at / 86400
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _short(text: str, most: int, *, whole: str = "") -> str:
+    """*text*, and *whole* after it, in *most* characters; what is too long is *text*."""
+    most -= len(whole)
+    return (text if len(text) <= most else text[: max(0, most - 1)] + "…") + whole
 
 
 def took(seconds: float | None) -> str:

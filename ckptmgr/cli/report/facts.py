@@ -38,6 +38,8 @@ class SeriesFacts:
     #: What speaks against everything that is newer, and what else there is to know.
     against: tuple[Finding, ...] = ()
     besides: tuple[Finding, ...] = ()
+    #: The command that compares every byte of it.
+    deep: str = "`ckptmgr check RUN --deep`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ class RunFacts:
     #: The newest committed checkpoint of the first series, and who wrote how much of it.
     newest: CheckpointRecord | None
     rank_bytes: Mapping[int, int]
+    #: How those have come into the journal that no manager saved, by attempt.
+    origins: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def gather(args: argparse.Namespace, out: Output) -> RunFacts:
@@ -101,10 +105,11 @@ def gather(args: argparse.Namespace, out: Output) -> RunFacts:
             live_epoch=target.live_epoch(journal),
             series=series,
             records=records,
-            decisions=journal.decisions(),
+            decisions=describe.decisions(journal, records),
             epochs=journal.epochs(),
             newest=newest,
             rank_bytes=rank_bytes,
+            origins=journal.origins(record.id for record in records if record.is_live),
         )
 
 
@@ -120,6 +125,7 @@ def _of_series(
         verdict=report.verdict,
         step=report.chosen.step if report.chosen is not None else None,
         path=str(rundir.absolute(report.chosen.directory)) if report.chosen is not None else None,
+        deep=out.hint(f"`ckptmgr check RUN --series {name} --deep`"),
         against=tuple(_with_run(finding, out) for finding in against),
         besides=tuple(_with_run(finding, out) for finding in report.all_findings if finding not in against),
     )

@@ -174,7 +174,7 @@ def _verdict(one: SeriesFacts, facts: RunFacts) -> str:
     if one.path is not None:
         lines.append(
             '<p class="quiet">Names and sizes of all files were compared with what was committed; '
-            "<code>ckptmgr check --deep</code> compares every byte.</p>"
+            f"{with_code(one.deep)} compares every byte.</p>"
         )
     return f'<section class="verdict {kind}" aria-label="What is safe now">{"".join(lines)}</section>'
 
@@ -238,7 +238,13 @@ def _series(facts: RunFacts) -> str:
             ]
         )
     head = ["series", "verdict", "step", "commits", "failed", "steps at risk", "save to committed", "on disk"]
-    return "<h2>Series</h2>" + data_table("What may be resumed, series by series", head, rows)
+    # Of the first one they stand on top.
+    findings = "".join(
+        f"<h3>{safe(one.name)}</h3>{_findings((*one.against, *one.besides))}"
+        for one in facts.series[1:]
+        if one.against or one.besides
+    )
+    return "<h2>Series</h2>" + data_table("What may be resumed, series by series", head, rows) + findings
 
 
 # -- charts -----------------------------------------------------------------------------------------
@@ -292,14 +298,14 @@ def _phases(facts: RunFacts) -> str:
             figures.seconds(value) for value in (record.stage_s, record.write_s, record.gather_s, record.commit_s)
         ]
         lag = figures.seconds(durability.commit_lag(record))
-        label = f"{record.step:,}" if alone else f"{printable(record.series)} {record.step:,}"
+        label, step = ("", f"{record.step:,}") if alone else (printable(record.series), f" {record.step:,}")
         if record.state is CheckpointState.COMMITTED:
             said, role = charts.took(lag), "ink"
         elif record.state is CheckpointState.FAILED:
             said, role = "failed", "bad"
         else:
             said, role = record.state.value.lower(), "warn"
-        bars.append(charts.Bar(label, [value or 0.0 for value in phases], lag, said, role))
+        bars.append(charts.Bar(label, step, [value or 0.0 for value in phases], lag, said, role))
         rows.append(
             [
                 safe(record.series),
@@ -504,7 +510,7 @@ def _checkpoints(facts: RunFacts) -> str:
     there = [record for record in facts.records if record.is_live or record.is_in_flight]
     rows: list[list[Cell]] = []
     for record in reversed(there[-MOST_ROWS:]):
-        why = describe.why(record, facts.decisions, live_epoch=facts.live_epoch)
+        why = describe.why(record, facts.decisions, facts.origins, live_epoch=facts.live_epoch)
         rows.append(
             [
                 safe(record.series),
