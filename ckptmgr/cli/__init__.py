@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -166,7 +167,7 @@ def _open_all_streams() -> None:
     """Let a stream that was closed (``>&-``) go nowhere; else the next file opened would have its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as the process lives
 
 
 def failed(error: BaseException, out: Output) -> Exit:
