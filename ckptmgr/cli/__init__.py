@@ -17,7 +17,6 @@ import os
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:  # noqa: BLE001 — the outermost frame: whatever it is, it becomes an exit status
             status = failed(error, out)
         out.finish()
-    except OSError as error:  # nothing more can be printed
+    except (OSError, KeyboardInterrupt) as error:  # nothing more can be printed, or nobody wants it
         status = failed(error, out)
     return status
 
@@ -167,7 +166,7 @@ def _open_all_streams() -> None:
     """Let a stream that was closed (``>&-``) go nowhere; else the next file opened would have its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as the process lives
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def failed(error: BaseException, out: Output) -> Exit:
