@@ -211,7 +211,10 @@ class Output:
 
 def _pager() -> list[str]:
     """The words of the pager that the environment asks for; none if it wants none, or there is none."""
-    words = shlex.split(os.environ.get("CKPTMGR_PAGER", os.environ.get("PAGER", "less")))
+    try:
+        words = shlex.split(os.environ.get("CKPTMGR_PAGER", os.environ.get("PAGER", "less")))
+    except ValueError:  # a quote that is not closed
+        return []
     if not words or words == ["cat"] or os.environ.get("TERM") == "dumb" or shutil.which(words[0]) is None:
         return []
     return words

@@ -448,7 +448,8 @@ def test_what_is_longer_than_the_screen_goes_to_a_pager(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "environment", [{"PAGER": "cat"}, {"PAGER": ""}, {"PAGER": "no-such"}, {"TERM": "dumb", "PAGER": "true"}]
+    "environment",
+    [{"PAGER": "cat"}, {"PAGER": ""}, {"PAGER": "no-such"}, {"PAGER": "less 'x"}, {"TERM": "dumb", "PAGER": "true"}],
 )
 def test_without_a_pager_the_terminal_has_it_all(run: Run, environment: dict[str, str]) -> None:
     for step in range(40):
