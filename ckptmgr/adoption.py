@@ -22,7 +22,7 @@ from ckptmgr.foreign import copied, dcp, hf_trainer, huggingface, xtuner
 from ckptmgr.foreign.ground import Folder, Kind
 from ckptmgr.foreign.report import Candidate, ForeignReport, Judged
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Format, Lifecycle
-from ckptmgr.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Digest, FileEntry, Manifest
+from ckptmgr.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Digest, FileEntry, Manifest, is_plain_relative
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Journal
@@ -80,6 +80,7 @@ def plan(
     report: ForeignReport,
     *,
     saved: Mapping[str, Sequence[CheckpointRecord]],
+    is_taken: Callable[[str], bool],
     series: str | None = None,
     step: int | None = None,
     as_step: int | None = None,
@@ -90,6 +91,7 @@ def plan(
     Args:
         report: What stands in the other directory, judged.
         saved: The live checkpoints of the run, oldest first, by series.
+        is_taken: Whether something stands at a path of the run.
         series: Only this one.
         step: Only this one; then it may also be older than what the run has.
         as_step: The step of the only one that there is, whatever its name says.
@@ -111,7 +113,7 @@ def plan(
                 continue
             try:
                 found = _source(judged, candidate, at, number)
-                _require_place(found, saved.get(found.series, ()), by_name=step is not None)
+                _require_place(found, saved.get(found.series, ()), is_taken, by_name=step is not None)
             except (CheckpointError, OSError) as error:
                 left.append(Left(at, candidate.step, getattr(error, "message", None) or str(error)))
             else:
@@ -121,7 +123,9 @@ def plan(
     return sources, left
 
 
-def _require_place(source: Source, live: Sequence[CheckpointRecord], *, by_name: bool) -> None:
+def _require_place(
+    source: Source, live: Sequence[CheckpointRecord], is_taken: Callable[[str], bool], *, by_name: bool
+) -> None:
     if live and live[-1].format is not source.format:
         raise InvalidArgument(f"the series {source.series} of the run has the format {live[-1].format}")
     if any(record.step == source.step for record in live):
@@ -132,6 +136,9 @@ def _require_place(source: Source, live: Sequence[CheckpointRecord], *, by_name:
             f"the run has step {live[-1].step} of {source.series} already, and would go on from this one:"
             f" give --step {source.step} if that is meant"
         )
+    place = f"{source.series}/{source.format.directory_name(source.step)}"
+    if is_taken(place):
+        raise InvalidArgument(f"{place} is there in the run and no checkpoint of it: `ckptmgr recover` says what it is")
 
 
 def _source(judged: Judged, candidate: Candidate, at: Path, step: int | None) -> Source:
@@ -188,10 +195,12 @@ def _files(folder: Folder) -> Iterator[tuple[str, tuple[str, int]]]:
     All files of a checkpoint, by the names that they have in it.
 
     Raises:
-        InvalidArgument: Something is neither file nor directory.
+        InvalidArgument: Something is neither file nor directory, or has a name that a manifest cannot hold.
     """
     for name, entry in folder.entries.items():
         path = f"{folder.path}/{name}" if folder.path else name
+        if not is_plain_relative(path):
+            raise InvalidArgument(f"{path!a} is no name that a manifest can hold")
         if entry.kind is Kind.FILE:
             yield path, (path, entry.size)
         elif entry.kind is Kind.DIRECTORY:
@@ -245,7 +254,7 @@ def take_in(
         OSError: A file cannot be read, linked or written. The attempt is FAILED then.
     """
     who: dict[str, Any] = {"epoch": epoch, "host": host, "pid": pid}
-    note = f"adopted from {source.path}"
+    note = f"adopted from {os.fsencode(source.path).decode(errors='backslashreplace')}"
     record = journal.begin(
         series=source.series, step=source.step, format=source.format, world_size=source.world_size,
         metrics=source.metrics, per_rank=source.per_rank, note=note, **who,

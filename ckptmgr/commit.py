@@ -527,9 +527,15 @@ class Leader:
     def _answer_requests(self) -> None:
         """Do what commands have asked of this manager."""
         self._look_at = time.monotonic() + LOOK_EVERY_S
-        try:
+        with self._looking_again():
             for id in requests.waiting(self._rundir.path):
-                self._answer_request(id)
+                with self._looking_again():  # one that cannot be answered keeps no other one waiting
+                    self._answer_request(id)
+
+    @contextlib.contextmanager
+    def _looking_again(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             log.exception("cannot answer what a command asks of this manager; looking again in %g s", LOOK_AGAIN_S)
             self._look_at = time.monotonic() + LOOK_AGAIN_S

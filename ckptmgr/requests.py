@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +49,9 @@ _MOST_RULES = 1000
 _ASKED = re.compile(r"([0-9a-f]{32})\.asked\Z")
 #: What a manager that was killed leaves, or a command; but nothing that one may be about to rename.
 _LEFT = re.compile(r"(?:[0-9a-f]{32}\.(?:taken|answered)|\.[0-9a-f]{32}\.(?:withdrawn|answered\.new))\Z")
+#: What a command is about to rename, or was; it takes no longer than so many seconds.
+_BEGUN = re.compile(r"\.[0-9a-f]{32}\.asked\.new\Z")
+BEGUN_S = 3600.0
 _RULES: Mapping[str, type[KeepLast | KeepEvery | KeepBest | KeepFor]] = {
     "last": KeepLast,
     "every": KeepEvery,
@@ -184,7 +189,7 @@ def read(run: Path, id: str) -> Request | None:
     A request that nobody has taken; None if it was withdrawn.
 
     Raises:
-        InvalidArgument: What stands there is no request.
+        InvalidArgument: What stands there is no request, or may not be read.
     """
     try:
         return parse_request(reach.read(run / DIRECTORY / f"{id}.asked", MAX_BYTES), id)
@@ -192,6 +197,11 @@ def read(run: Path, id: str) -> Request | None:
         return None
     except CorruptCheckpoint as error:
         raise InvalidArgument(error.message) from error
+    except OSError as error:
+        # Never to be read, however often it is tried; what the disk refuses for now is another matter.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL):
+            raise
+        raise InvalidArgument(f"the request cannot be read: {error.strerror}") from error
 
 
 def take(run: Path, id: str) -> bool:
@@ -216,10 +226,12 @@ def remove(run: Path, id: str) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Remove what earlier managers have taken or answered, and nobody has fetched. For the start of one."""
+    """Remove what earlier managers and commands that were killed have left behind. For the start of a manager."""
     for name in _names(run):
-        if _LEFT.match(name):
-            durable.remove_file(run / DIRECTORY / name)
+        path = run / DIRECTORY / name
+        with contextlib.suppress(OSError):  # a directory of that name, say, is not ours
+            if _LEFT.match(name) or (_BEGUN.match(name) and time.time() - path.lstat().st_mtime > BEGUN_S):
+                durable.remove_file(path)
 
 
 # --- inside ----------------------------------------------------------------------------------

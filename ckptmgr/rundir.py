@@ -133,7 +133,9 @@ class RunDirectory:
         if not os.fspath(path):
             raise InvalidArgument("'' is no run directory", hint="is a variable unset? '.' is the current directory")
         given = Path(path)
-        if journal is None and given.name.endswith(".journal.db"):
+        if journal is not None and Path(journal).name in ("", ".."):
+            raise InvalidArgument(f"{os.fspath(journal)!r} cannot be a journal")
+        if journal is None and given.name.endswith(".journal.db") and given.name != ".journal.db":
             journal = given
             given = given.with_name(given.name.removesuffix(".journal.db"))
         self.path = _resolved(given)

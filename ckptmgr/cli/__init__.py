@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Collection, Sequence
@@ -138,24 +139,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, see `Exit`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    _open_all_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     out = Output(as_json="--json" in words)
     try:
-        args = build_parser(words).parse_args(words)
-        out = Output(
-            as_json=args.json,
-            run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())],
-            paged=args.command in PAGED and not getattr(args, "follow", False),
-        )
-        return int(command_file(args.command).run(args, out))
-    except SystemExit as end:
-        return int(end.code or 0)
-    except BaseException as error:  # noqa: BLE001 — the outermost frame: whatever it is, it becomes an exit status
-        return failed(error, out)
-    finally:
+        try:
+            args = build_parser(words).parse_args(words)
+            out = Output(
+                as_json=args.json,
+                run=[args.run, *(("--journal", args.journal) if getattr(args, "journal", None) else ())],
+                paged=args.command in PAGED and not getattr(args, "follow", False),
+            )
+            status = int(command_file(args.command).run(args, out))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException as error:  # noqa: BLE001 — the outermost frame: whatever it is, it becomes an exit status
+            status = failed(error, out)
         out.finish()
+    except (OSError, KeyboardInterrupt) as error:  # nothing more can be printed, or nobody wants it
+        status = failed(error, out)
+    return status
+
+
+def _open_all_streams() -> None:
+    """Let a stream that was closed (``>&-``) go nowhere; else the next file opened would have its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def failed(error: BaseException, out: Output) -> Exit:

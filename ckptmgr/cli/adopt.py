@@ -53,14 +53,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     rundir = target.locate(args)
     place = _place(args.source, rundir)
     if not args.apply:
-        sources, left = _planned(args, out, place, _saved(rundir))
+        sources, left = _planned(args, out, rundir, place, _saved(rundir))
         return _say(out, rundir, None, place, sources=sources, left=left, applied=False)
     with target.changing(rundir, COMMAND, create=True) as journal:
         from ckptmgr import adoption, recovery
 
         with target.epoch(journal, COMMAND) as who:
             recovery.recover(journal, rundir, **who)
-            sources, left = _planned(args, out, place, _live(journal))
+            sources, left = _planned(args, out, rundir, place, _live(journal))
             progress = Progress(out, sum(source.bytes for source in sources))
             if args.copy:
                 _require_room(rundir, sources)
@@ -112,6 +112,7 @@ def _live(journal: Questions) -> dict[str, list[CheckpointRecord]]:
 def _planned(
     args: argparse.Namespace,
     out: Output,
+    rundir: RunDirectory,
     place: Path,
     saved: dict[str, list[CheckpointRecord]],
 ) -> tuple[list[Source], list[Left]]:
@@ -143,7 +144,9 @@ def _planned(
             hint="it knows those of " + ", ".join(layout.LAYOUT for layout in foreign.LAYOUTS),
             path=str(place),
         )
-    return adoption.plan(report, saved=saved, series=args.series, step=args.step, as_step=args.as_step)
+    return adoption.plan(
+        report, saved=saved, is_taken=rundir.exists, series=args.series, step=args.step, as_step=args.as_step
+    )
 
 
 def _require_room(rundir: RunDirectory, sources: list[Source]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import stat
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             projections = resume.of_projections(stale, series)
             wanted[0] = dataclasses.replace(wanted[0], findings=(*wanted[0].findings, *projections))
         about = target.document(rundir, journal.run_id)
-        if args.allow_empty and all(_is_empty(journal, one) for one in wanted):
+        if args.allow_empty and _is_empty(journal, wanted):
             return _say_empty(out, about, series)
     worst = resume.worst([one.verdict for one in wanted])
     damaged = args.deep and any(candidate.damaged for one in (*wanted, *beside) for candidate in one.candidates)
@@ -177,26 +178,30 @@ def _has_never_been(args: argparse.Namespace) -> bool:
     Whether nothing at all says that there was a run: no journal, and no directory with the mark of one.
 
     Raises:
-        InvalidArgument: The directory that it would be in is not there; a file system may not be mounted.
+        InvalidArgument: A directory that it would be in is not there; a file system may not be mounted.
     """
     rundir = target.locate(args)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        found = os.lstat(rundir.journal_path)
         # A crash can leave an empty one before anything is in it.
-        if os.lstat(rundir.journal_path).st_size:
+        if found.st_size or not stat.S_ISREG(found.st_mode):
             return False
     if rundir.run_id() is not None:
         return False
-    if not rundir.path.parent.is_dir():
-        raise InvalidArgument(
-            f"there is no directory {rundir.path.parent} in which the run could be",
-            hint="mount it or make it first: a run that is elsewhere would be started anew",
-        )
+    for what, place in (("run", rundir.path), ("journal", rundir.journal_path)):
+        if not place.parent.is_dir():
+            raise InvalidArgument(
+                f"there is no directory {place.parent} in which the {what} could be",
+                hint="mount it or make it first: a run that is elsewhere would be started anew",
+            )
     return True
 
 
-def _is_empty(journal: Questions, report: ResumeReport) -> bool:
-    """Whether nothing of the series was ever committed, and nothing is there that its journal does not know."""
-    return report.verdict is Verdict.NONE and not journal.has_committed(report.series)
+def _is_empty(journal: Questions, reports: Sequence[ResumeReport]) -> bool:
+    """Whether nothing was ever committed, of other series neither, and nothing is there that the journal misses."""
+    return all(report.verdict is Verdict.NONE for report in reports) and not any(
+        journal.has_committed(series) for series in journal.series()
+    )
 
 
 def _say_empty(out: Output, about: dict[str, Any], series: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -111,19 +112,22 @@ def exposition(found: Sequence[Sample]) -> bytes:
             extra="metrics",
         ) from error
 
+    def text_of(run: str) -> str:
+        return os.fsencode(run).decode(errors="backslashreplace")
+
     class Collected:
         def collect(self) -> Iterable[Any]:
             live = GaugeMetricFamily(PREFIX + RUN_LIVE, RUN_LIVE_MEANING, labels=["run"])
             for one in found:
                 if one.series is None:
-                    live.add_metric([one.run], one.value)
+                    live.add_metric([text_of(one.run)], one.value)
             yield live
             for metric in durability.METRICS:
                 kind = CounterMetricFamily if metric.grows else GaugeMetricFamily
                 family = kind(PREFIX + metric.name, metric.meaning, labels=["run", "series"])
                 for one in found:
                     if one.series is not None and one.name == PREFIX + metric.name:
-                        family.add_metric([one.run, one.series], one.value)
+                        family.add_metric([text_of(one.run), one.series], one.value)
                 yield family
 
     registry = CollectorRegistry()

@@ -23,7 +23,7 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 #: RUN as a word of its own; in a path it is somebody's directory.
@@ -103,12 +103,10 @@ class Output:
         if sys.stdout.isatty():
             self.line(path)
             return
-        try:
+        with self._going_nowhere(sys.stdout):
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(path) + b"\n")
             sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            self._reader_left(sys.stdout)
 
     def table(self, *header: str, right: Sequence[str] = ()) -> Table:
         """A table to add rows to, with the titles of its columns; those in *right* are set to the right."""
@@ -210,24 +208,31 @@ class Output:
         self._write_now(reader or stream, text)
 
     def _write_now(self, stream: IO[str], text: str) -> None:
-        try:
+        with self._going_nowhere(stream):
             stream.write(text)
             stream.flush()
-        except BrokenPipeError:
-            self._reader_left(stream)
 
-    def _reader_left(self, stream: IO[str]) -> None:
-        """Let the rest, the interpreter's own last flush included, go nowhere."""
-        with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-        self.reader_left = self.reader_left or stream is not sys.stderr
+    @contextlib.contextmanager
+    def _going_nowhere(self, stream: IO[str]) -> Iterator[None]:
+        """Where *stream* takes no more, let the rest, the interpreter's own last flush included, go nowhere."""
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+            self.reader_left = self.reader_left or stream is not sys.stderr
+            if not isinstance(error, BrokenPipeError):
+                raise
 
 
 def _pager() -> list[str]:
     """The words of the pager that the environment asks for; none if it wants none, or there is none."""
-    words = shlex.split(os.environ.get("CKPTMGR_PAGER", os.environ.get("PAGER", "less")))
+    try:
+        words = shlex.split(os.environ.get("CKPTMGR_PAGER", os.environ.get("PAGER", "less")))
+    except ValueError:  # a quote that is not closed
+        return []
     if not words or words == ["cat"] or os.environ.get("TERM") == "dumb" or shutil.which(words[0]) is None:
         return []
     return words

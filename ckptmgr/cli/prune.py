@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import socket
 import time
@@ -206,7 +207,7 @@ def retire(journal: Journal, rundir: RunDirectory, series: str, rule: KeepRule, 
         with target.epoch(journal, COMMAND) as who:
             journal.mark_retiring(marks, epoch=who["epoch"])
             # Crash here: what a prune lets go is marked, and stands in meta.json; recovery deletes it.
-            recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
+            is_projected = _project(journal, rundir, unless_full=True)
             leaving = [records[mark.checkpoint_id] for mark in reversed(marks)]
             for number, record in enumerate(leaving):
                 out.progress(lambda n=number: f"deleting {n + 1} of {len(leaving)}")  # type: ignore[misc]
@@ -215,11 +216,30 @@ def retire(journal: Journal, rundir: RunDirectory, series: str, rule: KeepRule, 
                 # Crash here: what a prune has deleted still says retiring; recovery finishes it.
                 journal.finish_retirement(record.id, epoch=who["epoch"])
             out.progress(None)
+            if not is_projected:
+                _project(journal, rundir, unless_full=False)
     return Answer(
         requests.DONE,
         keep={kept.record.id: kept.reasons for kept in plan.keep},
         drop={mark.checkpoint_id: mark.reason for mark in marks},
     )
+
+
+def _project(journal: Journal, rundir: RunDirectory, *, unless_full: bool) -> bool:
+    """
+    Bring ``meta.json`` and the ``latest`` links up to the journal. Whether there was room for that.
+
+    Raises:
+        OSError: The disk refuses, and not *unless_full* or the reason is another one.
+    """
+    try:
+        recovery.project(journal.run_id, journal.checkpoints(live_only=True), rundir, series=journal.series())
+    except OSError as error:
+        # What is about to be deleted makes room; nothing is decided by what stands there meanwhile.
+        if not unless_full or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
 
 
 def became(args: argparse.Namespace, out: Output, answer: Answer, by: str | None) -> Outcome:

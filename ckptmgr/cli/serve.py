@@ -9,11 +9,13 @@ asked for is a short list; no part of a path ever becomes a path on disk.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import http.server
 import json
 import os
 import re
+import socket
 import threading
 import time
 import traceback
@@ -263,7 +265,7 @@ class Site:
         rows: list[list[Any]] = []
         for name, args in runs.items():
             seen = self._look(name, args)
-            link = f'<a href="/{urllib.parse.quote(name, safe="")}/">{safe(name, most=200)}</a>'
+            link = f'<a href="/{urllib.parse.quote(os.fsencode(name), safe="")}/">{safe(name, most=200)}</a>'
             if seen.facts is None:
                 rows.append([link, ("bad", safe(seen.error)), *[("number", "-")] * 4, "-"])
                 continue
@@ -355,6 +357,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     error_message_format = "%(code)d %(message)s\n"
     error_content_type = "text/plain; charset=utf-8"
 
+    def setup(self) -> None:
+        """Hang up on who takes too long to ask; the socket's own timeout begins anew with each byte."""
+        super().setup()
+        self._late = threading.Timer(REQUEST_S, self._hear_no_more)
+        self._late.daemon = True
+        self._late.start()
+
+    def finish(self) -> None:
+        """As the base class does."""
+        self._late.cancel()
+        super().finish()
+
+    def _hear_no_more(self) -> None:
+        with contextlib.suppress(OSError):  # it has gone by itself
+            self.connection.shutdown(socket.SHUT_RD)
+
     def do_GET(self) -> None:
         """Answer it."""
         self._answer()
@@ -370,7 +388,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             path, _, query = self.path.partition("?")
             try:
-                answer = site.answer(urllib.parse.unquote(path), query)
+                answer = site.answer(urllib.parse.unquote(path, errors="surrogateescape"), query)
             except Exception as error:  # noqa: BLE001 - the server goes on, and says so
                 if is_our_bug(error):
                     site.report_bug(traceback.format_exc())

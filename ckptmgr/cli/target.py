@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import InvalidArgument, JournalCorrupt, JournalError, JournalNotFound, JournalSchemaMismatch
+from ckptmgr.manifest import MAX_NUMBER
 from ckptmgr.options import parse_size
 
 if TYPE_CHECKING:
@@ -174,8 +175,8 @@ def epoch(journal: Journal, command: str, *, after: int = 0) -> Iterator[dict[st
 
 
 def step(text: str) -> int:
-    """The argparse type of a step: a whole number from 0 that SQLite can hold."""
-    if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 63:
+    """The argparse type of a step: a whole number from 0 that a journal can hold."""
+    if not (text.isascii() and text.isdigit()) or int(text) > MAX_NUMBER:
         raise argparse.ArgumentTypeError(f"{text!r} is not a step: give a whole number, 0 or more")
     return int(text)
 

@@ -53,7 +53,14 @@ def place(name: str, rundir: RunDirectory, *, mark: str, force: bool) -> Path:
 
 def write(path: Path, data: bytes) -> None:
     """Put *data* at *path*, atomically: readers see the old bytes or the new ones. Durable on return."""
-    durable.replace_file(path, data, scratch=f".{path.name}.{os.getpid()}.writing")
+    scratch = f".{path.name}.{os.getpid()}.writing"
+    try:
+        with reach.naming(path):
+            durable.replace_file(path, data, scratch=scratch)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            durable.remove_file(path.with_name(scratch))
+        raise
 
 
 def _beginning(path: Path) -> str:

@@ -644,8 +644,8 @@ def _json(value: Any, what: str) -> str:
 
 
 def _number(value: int, what: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
-        raise InvalidArgument(f"{what} must be a whole number of {least} or more, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_NUMBER:
+        raise InvalidArgument(f"{what} must be a whole number from {least} to {MAX_NUMBER}, not {value!r}")
     return value
 
 

@@ -83,6 +83,11 @@ def test_one_that_was_committed_too_long_ago_is_not_safe(
     assert done.code == 3
     assert "R016" in done.out
     assert "not what was asked for" in done.out
+    monkeypatch.setattr(time, "time", lambda: now - 3590)
+    assert ckptmgr("check", run.directory, "--max-age", "1h").code == 0
+    monkeypatch.setattr(time, "time", lambda: now - 3700)  # nobody knows how old it is
+    done = ckptmgr("check", run.directory, "--max-age", "1h")
+    assert (done.code, "by the clock here" in done.out) == (3, True)
 
 
 # -- other series -----------------------------------------------------------------------------------
@@ -155,7 +160,11 @@ def test_before_the_first_start_there_is_nothing_and_that_is_all_right(tmp_path:
 
 def test_a_run_that_is_not_where_it_should_be_is_no_first_start(tmp_path: Path, run: Run, ckptmgr: Call) -> None:
     run.save(1)
+    elsewhere = tmp_path / "not-mounted" / "alpha.journal.db"
     assert ckptmgr("check", tmp_path / "not-mounted" / "alpha", "--allow-empty").code == 2
+    assert ckptmgr("check", tmp_path / "alpha", "--allow-empty", "--journal", elsewhere).code == 2
+    os.mkfifo(tmp_path / "odd.journal.db")
+    assert ckptmgr("check", tmp_path / "odd", "--allow-empty").code == 3
     run.journal.close()
     run.journal_path.rename(tmp_path / "aside")
     assert ckptmgr("check", run.directory, "--allow-empty").code == 10
@@ -176,6 +185,7 @@ def test_a_run_that_had_commits_is_no_first_start_whatever_became_of_them(run: R
 
     assert ckptmgr("check", run.directory, "--allow-empty").code == 3
     assert ckptmgr("check", run.directory, "--allow-empty", "--require", "hf").code == 3
+    assert ckptmgr("check", run.directory, "--allow-empty", "--series", "chekpoint").code == 3
 
 
 def test_a_published_checkpoint_that_the_journal_does_not_know_is_no_first_start(run: Run, ckptmgr: Call) -> None:

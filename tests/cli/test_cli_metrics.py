@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from run_on_disk import NO_PROCESS, Call, Run, S
+from run_on_disk import NO_PROCESS, Call, Run, S, in_child
 
 from ckptmgr import durability
 from ckptmgr.cli import metrics
@@ -78,6 +80,24 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_overwritten(run: Run,
     (tmp_path / "notes").write_text("mine")
     assert ckptmgr("metrics", run.directory, "-o", tmp_path / "notes").code == 2
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    run.save(500)
+    place = tmp_path / "alpha.prom"
+    done = in_child(
+        "metrics", run.directory, "-o", place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    )
+
+    assert (done.code, str(place) in done.err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_a_run_whose_name_is_no_text_is_spelled_out(tmp_path: Path, ckptmgr: Call) -> None:
+    odd = Run(tmp_path / os.fsdecode(b"b\xff"))
+    odd.save(500)
+
+    assert 'run="b\\\\xff"' in ckptmgr("metrics", odd.directory).out
 
 
 def test_labels_cannot_break_out_of_their_quotes(tmp_path: Path, ckptmgr: Call) -> None:

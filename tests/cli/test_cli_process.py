@@ -246,6 +246,14 @@ def test_a_journal_too_deep_for_sqlite_ends_with_2_and_the_way_out(
     assert not any(deep.parent.glob("*.journal*"))
 
 
+@pytest.mark.parametrize("journal", ["/", "..", "."])
+def test_what_cannot_be_a_journal_ends_with_2(run: Run, ckptmgr: Call, journal: str) -> None:
+    done = ckptmgr("ls", run.directory, "--journal", journal, "--json")
+
+    assert (done.code, done.json["error"]["type"]) == (2, "InvalidArgument")
+    assert ckptmgr("ls", ".journal.db").code == 10
+
+
 def test_the_journal_of_another_run_ends_with_10(run: Run, ckptmgr: Call, tmp_path: Path) -> None:
     run.save(500)
     other = Run(tmp_path / "runs" / "beta")
@@ -292,13 +300,25 @@ def test_what_the_operating_system_refuses_ends_with_1_without_a_traceback(
     assert "Traceback" not in done.err
 
 
-def test_a_full_disk_behind_stdout_is_an_error_and_not_silent(run: Run) -> None:
+@pytest.mark.parametrize("words", [["ls"], ["latest"], ["--help"]], ids=" ".join)
+def test_a_full_disk_behind_stdout_is_an_error_and_not_silent(run: Run, words: list[str]) -> None:
     run.save(500)
     with Path("/dev/full").open("w") as full:
-        done = in_child("ls", run.directory, stdout=full)
+        done = in_child(*words, *([] if words == ["--help"] else [run.directory]), stdout=full)
 
-    assert done.code == 1
-    assert "No space left on device" in done.err
+    assert (done.code, done.err) == (1, "ckptmgr: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("command", ["check", "verify"])
+def test_a_stream_that_is_closed_does_not_change_the_verdict(run: Run, command: str, closed: str) -> None:
+    run.save(500)
+    script = f'exec "$0" -m ckptmgr "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, command, run.directory], capture_output=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, "Traceback" in done.stderr.decode()) == (0, False)
 
 
 # Readers that leave
@@ -432,7 +452,8 @@ def test_what_is_longer_than_the_screen_goes_to_a_pager(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "environment", [{"PAGER": "cat"}, {"PAGER": ""}, {"PAGER": "no-such"}, {"TERM": "dumb", "PAGER": "true"}]
+    "environment",
+    [{"PAGER": "cat"}, {"PAGER": ""}, {"PAGER": "no-such"}, {"PAGER": "less 'x"}, {"TERM": "dumb", "PAGER": "true"}],
 )
 def test_without_a_pager_the_terminal_has_it_all(run: Run, environment: dict[str, str]) -> None:
     for step in range(40):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -14,6 +16,7 @@ from live_trainer import Trainer
 from run_on_disk import NO_PROCESS, Call, Run, S, in_child, start
 from test_cli_pin import listed, requests_of, wait_for_a_request
 
+from ckptmgr import durable
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import Format, RetirementMark
 
@@ -210,6 +213,21 @@ def test_apply_retires_as_a_manager_does(five: Run, ckptmgr: Call) -> None:
     with Journal.open_read_only(five.journal_path) as journal:
         assert (journal.epochs()[-1].command, journal.epochs()[-1].ended_at is not None) == ("ckptmgr prune", True)
     assert requests_of(five.directory) == []
+
+
+def test_a_full_disk_is_where_a_prune_is_needed(five: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, first = durable.replace_file, five.directory / "checkpoint" / "step-100"
+
+    def where_there_is_room(*args: Any, **kwargs: Any) -> None:
+        if first.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(*args, **kwargs)
+
+    monkeypatch.setattr(durable, "replace_file", where_there_is_room)
+    assert ckptmgr("prune", five.directory, "--keep-last", 1, "--apply").code == 0
+
+    assert [path.name for path in (five.directory / "checkpoint").iterdir()] == ["step-500"]
+    assert json.loads((five.directory / "meta.json").read_text())["checkpoint_list"] == ["checkpoint/step-500"]
 
 
 def test_the_document_says_what_is_gone(five: Run, ckptmgr: Call) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from run_on_disk import Call, Run, S, start
 from test_cli_docs import assert_documented
 
 from ckptmgr.cli import serve
+from ckptmgr.cli.output import Output
 
 #: Where somebody would look for files.
 ELSEWHERE = [
@@ -30,7 +34,7 @@ ELSEWHERE = [
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, child: subprocess.Popen[str], port: int) -> None:
+    def __init__(self, child: subprocess.Popen[str] | None, port: int) -> None:
         self.child = child
         self.port = port
 
@@ -101,6 +105,22 @@ def test_a_folder_of_runs_has_a_page_with_the_verdict_of_each(run: Run, tmp_path
     assert "is damaged" in index or "is not a database" in index or "no ckptmgr journal" in index
     assert [found[path][0] for path in found] == [200, 200, 503, 404]
     assert "All runs" in found["/alpha/"][1]
+
+
+def test_a_run_whose_name_is_no_text_is_shown_beside_the_others(run: Run, tmp_path: Path) -> None:
+    run.save(500)
+    odd = Run(tmp_path / "runs" / os.fsdecode(b"b\xff"))
+    odd.save(600)
+    with served(run.directory.parent) as site:
+        found = {path: site.get(path) for path in ("/", "/metrics", "/status.json", "/b%FF/")}
+        odd.journal_path.write_bytes(b"no journal any more")
+        time.sleep(serve.CHANGED_S)
+        broken = site.get("/b%FF/")
+
+    assert [status for status, _, _ in found.values()] == [200] * 4
+    assert '<a href="/b%FF/">' in found["/"][1]
+    assert 'run="b\\\\xff"' in found["/metrics"][1]
+    assert broken[0] == 503
 
 
 def test_no_path_leads_to_a_file(run: Run) -> None:
@@ -216,6 +236,30 @@ def test_a_slow_or_silent_client_keeps_nobody_waiting(run: Run) -> None:
             silent.sendall(b"GET / HT")
 
         assert site.get("/")[0] == 200
+
+
+def test_a_client_that_says_a_little_now_and_then_keeps_its_place_no_longer_than_others(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(500)
+    monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(serve, "REQUEST_S", 0.3)
+    args = argparse.Namespace(run=str(run.directory), journal=None, refresh=0)
+    with serve.Server(serve.Site(args, Output(as_json=True)), 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        site = Served(None, server.server_address[1])
+        with socket.create_connection(("127.0.0.1", site.port)) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\n")
+            deadline = time.monotonic() + 30
+            while True:
+                with contextlib.suppress(http.client.HTTPException, OSError):
+                    assert site.get("/status.json")[0] == 200
+                    break
+                assert time.monotonic() < deadline
+                with contextlib.suppress(OSError):
+                    slow.sendall(b"x")
+                time.sleep(0.05)
+        server.shutdown()
 
 
 def test_more_clients_than_it_has_room_for_are_turned_away_and_come_back(run: Run) -> None:

@@ -224,6 +224,51 @@ def test_links_and_pipes_are_left(theirs: Theirs, tmp_path: Path, ckptmgr: Comma
     assert "more is a pipe" in out
 
 
+@pytest.mark.parametrize("name", ["new\nline", "back\\slash", "\x1b[31m", "\udcff"])
+def test_a_file_whose_name_no_manifest_can_hold_leaves_its_checkpoint(
+    name: str, theirs: Theirs, tmp_path: Path, ckptmgr: Command
+) -> None:
+    directory, run = theirs("torchtitan"), tmp_path / "run"
+    (directory / "checkpoint" / "step-5" / name).write_text("more")
+    code, out, _ = ckptmgr("adopt", run, "--from", directory, "--apply", "--json")
+    said = json.loads(out)
+
+    assert (code, [one["step"] for one in said["adopted"]], [one["step"] for one in said["left"]]) == (0, [10], [5])
+    assert "no name that a manifest can hold" in said["left"][0]["why"]
+    assert json.loads(ckptmgr("ls", run, "--all", "--json")[1])["checkpoints"][0]["state"] == "COMMITTED"
+
+
+def test_a_place_that_is_taken_is_said_before_anything_is_tried(
+    theirs: Theirs, tmp_path: Path, ckptmgr: Command
+) -> None:
+    run = theirs("torchtitan")  # a run in the place where the other library goes on
+    for apply in ([], ["--apply"], ["--apply"]):
+        code, out, _ = ckptmgr("adopt", run, "--from", run / "checkpoint", *apply)
+        assert code == 3
+        assert "checkpoint/step-10 is there in the run and no checkpoint of it" in out
+
+    assert json.loads(ckptmgr("ls", run, "--all", "--json")[1])["checkpoints"] == []
+
+
+def test_a_directory_of_any_name_is_adopted_from(theirs: Theirs, tmp_path: Path, ckptmgr: Command) -> None:
+    directory, run = theirs("torchtitan"), tmp_path / "run"
+    odd = directory.rename(tmp_path / os.fsdecode(b"their\xffs"))
+
+    assert ckptmgr("adopt", run, "--from", odd, "--apply")[0] == 0
+    assert "their\\xffs" in ckptmgr("show", run, 5)[1]
+
+
+def test_a_step_that_no_journal_can_hold_is_refused_and_harms_nothing(
+    theirs: Theirs, tmp_path: Path, ckptmgr: Command
+) -> None:
+    directory, run = theirs("torchtitan"), tmp_path / "run"
+    assert ckptmgr("adopt", run, "--from", directory, "--apply")[0] == 0
+    words = ("adopt", run, "--from", directory / "checkpoint" / "step-5", "--as-step", 2**63 - 1)
+
+    assert ckptmgr(*words, "--apply")[0] == 2
+    assert ckptmgr("check", run)[0] == 0
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_a_file_that_changes_while_it_is_read_is_not_committed(
     theirs: Theirs, tmp_path: Path, ckptmgr: Command, monkeypatch: pytest.MonkeyPatch, copy: bool

@@ -22,7 +22,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import TRANSITIONS, Format, RetirementMark
-from ckptmgr.manifest import FileEntry, Manifest
+from ckptmgr.manifest import MAX_NUMBER, FileEntry, Manifest
 
 IN_FLIGHT = WALK[:3]
 
@@ -179,7 +179,7 @@ def test_a_retiring_step_may_be_saved_again(steps):
         {"step": -1},
         {"step": True},
         {"step": 1.5},
-        {"step": 1 << 63},
+        {"step": MAX_NUMBER + 1},
         {"world_size": 0},
         {"series": ""},
         {"series": "../elsewhere"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -315,6 +316,38 @@ def test_what_is_no_request_is_refused(keeping, run_dir: Path) -> None:
     wait_for_files(run_dir, "README")
 
 
+@pytest.mark.parametrize("kind", ["directory", "link", "pipe", "disk"])
+def test_what_can_never_be_read_keeps_nobody_waiting(
+    keeping, run_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "LOOK_AGAIN_S", 0.02)
+    manager = keeping()
+    folder, odd = run_dir / requests.DIRECTORY, f"{'0' * 32}.asked"
+    folder.mkdir()
+    read = requests.read
+
+    def failing(run: Path, id: str) -> requests.Request | None:
+        if id == "0" * 32:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(run, id)
+
+    if kind == "directory":
+        (folder / odd).mkdir()
+    elif kind == "link":
+        (folder / odd).symlink_to("/etc/passwd")
+    elif kind == "pipe":
+        os.mkfifo(folder / odd)
+    else:
+        monkeypatch.setattr(requests, "read", failing)
+        (folder / odd).write_text("{}")
+    save(manager, 1)
+
+    assert answer(manager, ask(manager, PIN, step=1)).outcome == "done"
+    if kind != "disk":
+        assert "cannot be read" in answer(manager, request(PIN, step=1, id="0" * 32)).text
+        assert odd not in files(run_dir)
+
+
 def test_a_disk_that_refuses_ends_nothing(keeping, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "LOOK_AGAIN_S", 0.02)
     manager = keeping()
@@ -352,12 +385,17 @@ def test_what_an_earlier_manager_left_is_swept_away_at_start(keeping, run_dir: P
     keeping().close()
     folder = run_dir / requests.DIRECTORY
     folder.mkdir()
-    left = [folder / f"{'1' * 32}.taken", folder / f"{'2' * 32}.answered"]
-    for path in left:
-        path.write_text("{}")
+    left = [f"{'1' * 32}.taken", f"{'2' * 32}.answered", f".{'3' * 32}.withdrawn", f".{'4' * 32}.asked.new"]
+    kept = [f".{'5' * 32}.asked.new", "README"]
+    for name in left + kept:
+        (folder / name).write_text("{}")
+    (folder / f"{'0' * 32}.taken").mkdir()
+    an_hour_ago = time.time() - requests.BEGUN_S - 1
+    os.utime(folder / left[-1], (an_hour_ago, an_hour_ago))
     keeping()
 
-    assert files(run_dir) == []
+    # A command may be about to rename the one that has just been begun.
+    assert files(run_dir) == sorted([*kept, f"{'0' * 32}.taken"])
 
 
 def test_of_taking_and_withdrawing_one_happens(run_dir: Path) -> None:

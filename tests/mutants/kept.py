@@ -899,4 +899,128 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (_tests("bit rot", "cli/test_cli_check.py", sign="assert"),),
     ),
+    # --- requests and adoption -----------------------------------------------------------------
+    Mutant(
+        "request-outlives-its-command",
+        "a request is carried out although the command that asked has died",
+        (
+            Edit(
+                "requests.py",
+                "        return now <= self.deadline and may_run(self.host, self.pid)\n",
+                "        return now <= self.deadline\n",
+            ),
+        ),
+        (
+            _tests(
+                "requests",
+                "manager/test_requests.py::test_what_nobody_waits_for_is_never_carried_out[of a dead command]",
+                sign="assert",
+            ),
+        ),
+    ),
+    Mutant(
+        "request-to-an-earlier-manager",
+        "a manager carries out what an earlier one was asked",
+        (
+            Edit(
+                "commit.py",
+                "            if request.epoch < self._epoch or not request.is_wanted(time.time()):\n",
+                "            if not request.is_wanted(time.time()):\n",
+            ),
+        ),
+        (
+            _tests(
+                "requests",
+                "manager/test_requests.py::test_what_nobody_waits_for_is_never_carried_out[to an older epoch]",
+                sign="assert",
+            ),
+        ),
+    ),
+    Mutant(
+        "withdrawn-and-taken",
+        "a command believes that it has withdrawn what the manager has taken",
+        (
+            Edit(
+                "requests.py",
+                '        durable.rename_new(folder / f"{id}.asked", folder / f".{id}.withdrawn")\n'
+                "    except FileNotFoundError:\n        return False\n",
+                '        durable.rename_new(folder / f"{id}.asked", folder / f".{id}.withdrawn")\n'
+                "    except FileNotFoundError:\n        return True\n",
+            ),
+        ),
+        (_tests("requests", "manager/test_requests.py::test_of_taking_and_withdrawing_one_happens", sign="assert"),),
+    ),
+    Mutant(
+        "prune-takes-what-was-resumed-from",
+        "a prune that is asked for lets go what was resumed from, and nothing has superseded it",
+        (
+            Edit(
+                "commit.py",
+                "            protected[self._resumed[request.series]] = requests.RESUMED\n",
+                "            pass\n",
+            ),
+        ),
+        (
+            _tests(
+                "requests",
+                "manager/test_requests.py::test_what_was_resumed_from_stays_until_it_is_superseded",
+                sign="assert",
+            ),
+        ),
+    ),
+    Mutant(
+        "adopted-while-it-changed",
+        "a file that has changed while it was read is adopted",
+        (
+            Edit(
+                "adoption.py",
+                "    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)"
+                " or after.st_size != size:\n",
+                "    if after.st_size != size:\n",
+            ),
+        ),
+        (
+            _tests(
+                "adoption",
+                "foreign/test_adopt.py::test_a_file_that_changes_while_it_is_read_is_not_committed[False]",
+                sign="assert 0 == 5",
+            ),
+        ),
+    ),
+    Mutant(
+        "adopted-with-other-bytes",
+        "a copy of our own is adopted with other bytes than its manifest says",
+        (
+            Edit(
+                "adoption.py",
+                "    if digest.text != source.digests.get(name, digest.text):\n",
+                "    if False:\n",
+            ),
+        ),
+        (
+            _tests(
+                "adoption",
+                "foreign/test_adopt.py::test_a_copy_of_our_own_with_other_bytes_is_not_committed",
+                sign="assert 0 == 5",
+            ),
+        ),
+    ),
+    Mutant(
+        "adopted-before-what-there-is",
+        "an older step is adopted into a run that has a later one, and it goes on from there",
+        (
+            Edit(
+                "adoption.py",
+                "    if live and source.step < live[-1].step and not by_name:\n",
+                "    if False:\n",
+            ),
+        ),
+        (
+            _tests(
+                "adoption",
+                "foreign/test_adopt.py::test_an_older_step_is_not_put_before_what_the_run_has",
+                sign="assert",
+            ),
+        ),
+    ),
 )
