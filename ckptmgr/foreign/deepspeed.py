@@ -8,6 +8,7 @@ through, and in place (deepspeedai/DeepSpeed, deepspeed/runtime/engine.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from ckptmgr.errors import CheckpointError
@@ -37,6 +38,12 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
         if below.path not in claimed and _has_states(below)
     }
     marked = folder.has(TRACKER) and (str(tracked).startswith("global_step") or folder.has("zero_to_fp32.py"))
+    # Converted from one of the others, and loaded only where that is asked for: never before what it was made of.
+    named |= {
+        path: dataclasses.replace(each, judge=judge_universal, generation=-1)
+        for path, each in named.items()
+        if each.folder.has("zero", Kind.DIRECTORY)
+    }
     if named or marked:
         named = {each.path: each for each in numbered(folder, f"global_step{NUMBER}", judge)} | named
     if not folder.path and _has_states(folder):
@@ -67,6 +74,21 @@ def _has_states(folder: Folder) -> bool:
         return False
 
 
+def judge_universal(look: Look) -> None:
+    """The model, and a directory with files of the optimizer for each parameter."""
+    for name in look.folder.matching(r".*\.pt"):
+        look.archive(name)
+    if not look.folder.matching(_MODEL):
+        look.note("F002", "mp_rank_00_model_states.pt")
+    zero = look.below("zero")
+    for name in zero.folder.matching(".*", Kind.DIRECTORY):
+        parameter = zero.below(name)
+        parameter.archive("fp32.pt")
+        for each in parameter.folder.matching(r".*\.pt"):
+            if each != "fp32.pt":
+                parameter.archive(each)
+
+
 def judge(look: Look, *, tracked: str | None = None) -> None:
     """Every rank's file. *tracked* is what ``latest`` names instead, if that is older than this one."""
     if tracked is not None:
@@ -81,10 +103,15 @@ def judge(look: Look, *, tracked: str | None = None) -> None:
     layers = folder.matching(r"layer_.*model_states\.pt")
     if not (model or model_3 or layers):
         look.note("F002", "mp_rank_00_model_states.pt", "or another file of the model")
-    for rank in gaps(model):
+    # What the model's file says of the number of ranks, if it says it (engine.py, ``_save_checkpoint``).
+    stated = next(iter(folder.matching(rf"{_MODEL}|{_MODEL_3}")), "")
+    saved_by = {key: look.said(stated, f"{key}_world_size") or 0 for key in ("dp", "mp")}
+    # One more than the last, so that the last may be missing too.
+    for rank in gaps({*model, min(max(saved_by["mp"], 1 + max(model, default=-1)), 1 << 16)} if model else ()):
         look.note("F007", f"mp_rank_{rank:02}_model_states.pt")
     ranks = {*optimizer, *model_3}
-    for dp in range(min(1 << 16, 1 + max((dp for dp, _ in ranks), default=-1))):
+    count = max(1 + max((dp for dp, _ in ranks), default=-1), saved_by["dp"] if ranks else 0)
+    for dp in range(min(1 << 16, count)):
         for mp in sorted({*model, *(mp for _, mp in ranks)}):
             if optimizer and (dp, mp) not in optimizer:
                 look.note("F007", f"zero_pp_rank_{dp}_mp_rank_{mp:02}_optim_states.pt")

@@ -311,7 +311,9 @@ def test_a_hundred_thousand_names_are_listed(tmp_path: Path) -> None:
     here = os.open(crowded, os.O_RDONLY)
     try:
         for number in range(100_000):
-            os.close(os.open(f"__{number + 1}_0.distcp", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+            descriptor = os.open(f"__{number + 1}_0.distcp", os.O_CREAT | os.O_WRONLY, dir_fd=here)
+            os.write(descriptor, b"x")
+            os.close(descriptor)
     finally:
         os.close(here)
     code, document = check(tmp_path)
