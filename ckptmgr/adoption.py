@@ -192,6 +192,8 @@ def _files(folder: Folder) -> Iterator[tuple[str, tuple[str, int]]]:
     """
     for name, entry in folder.entries.items():
         path = f"{folder.path}/{name}" if folder.path else name
+        if folder.link(name) is not None:
+            raise InvalidArgument(f"{path} is a link, and is not followed")
         if entry.kind is Kind.FILE:
             yield path, (path, entry.size)
         elif entry.kind is Kind.DIRECTORY:

@@ -23,6 +23,9 @@ _STATES = r".*mp_rank_[0-9]+.*_(?:model|optim)_states\.pt"
 _OPTIMIZER = rf"(?:bf16_|fp16_)?zero_pp_rank_{NUMBER}_mp_rank_{NUMBER}_optim_states\.pt"
 _MODEL = rf"mp_rank_{NUMBER}_model_states\.pt"
 _MODEL_3 = rf"zero_pp_rank_{NUMBER}_mp_rank_{NUMBER}_model_states\.pt"
+_LAYER = rf"layer_([0-9]+)-model_{NUMBER}-model_states\.pt"
+_EXPERT = rf"layer_([0-9]+)_expert_{NUMBER}_mp_rank_([0-9]+)_model_states\.pt"
+_EXPERT_OPTIMIZER = rf"expp_rank_{NUMBER}_mp_rank_[0-9]+_optim_states\.pt"
 _MEANS = (
     "latest names it or a newer one, each file is a whole archive, and no rank is missing between others; that the "
     "last ranks are missing cannot be told, unless the model's files tell"
@@ -74,6 +77,15 @@ def _has_states(folder: Folder) -> bool:
         return False
 
 
+def require_latest(look: Look) -> None:
+    """That ``latest`` names a directory beside it, where nobody could name another one to load."""
+    if look.file(TRACKER) is None:
+        return
+    tag = look.folder.line(TRACKER)
+    if not tag or not look.folder.has(tag, Kind.DIRECTORY):
+        look.note("F002", tag or TRACKER, "latest names it" if tag else "it names nothing")
+
+
 def judge_universal(look: Look) -> None:
     """The model, and a directory with files of the optimizer for each parameter."""
     for name in look.folder.matching(r".*\.pt"):
@@ -100,9 +112,9 @@ def judge(look: Look, *, tracked: str | None = None) -> None:
     optimizer = {(int(m[1]), int(m[2])): name for name, m in folder.matching(_OPTIMIZER).items()}
     model_3 = {(int(m[1]), int(m[2])): name for name, m in folder.matching(_MODEL_3).items()}
     model = {int(match[1]) for match in folder.matching(_MODEL).values()}
-    layers = folder.matching(r"layer_.*model_states\.pt")
-    if not (model or model_3 or layers):
+    if not (model or model_3):
         look.note("F002", "mp_rank_00_model_states.pt", "or another file of the model")
+    _layers(look)
     # What the model's file says of the number of ranks, if it says it (engine.py, ``_save_checkpoint``).
     stated = next(iter(folder.matching(rf"{_MODEL}|{_MODEL_3}")), "")
     saved_by = {key: look.said(stated, f"{key}_world_size") or 0 for key in ("dp", "mp")}
@@ -119,3 +131,20 @@ def judge(look: Look, *, tracked: str | None = None) -> None:
                 look.note("F007", f"zero_pp_rank_{dp}_mp_rank_{mp:02}_model_states.pt")
     if optimizer and look.asked.world_size not in (None, len(optimizer)):
         look.note("F014", why=f"by {len(optimizer)}; make it universal to resume with another number")
+
+
+def _layers(look: Look) -> None:
+    """With pipelines a file for each layer and model-parallel rank; with experts one for each of a layer."""
+    parts = {(m[1], int(m[2])) for m in look.folder.matching(_LAYER).values()}
+    experts = {(m[1], int(m[2]), m[3]) for m in look.folder.matching(_EXPERT).values()}
+    for layer in sorted({layer for layer, _ in parts}):
+        for rank in sorted({rank for _, rank in parts}):
+            if (layer, rank) not in parts:
+                look.note("F007", f"layer_{layer}-model_{rank:02}-model_states.pt")
+    for layer, mp in sorted({(layer, mp) for layer, _, mp in experts}):
+        # As many as in the layer that has most.
+        there = {number for its, number, rank in experts if (its, rank) == (layer, mp)}
+        for number in gaps({*there, 1 + max(number for _, number, _ in experts)}):
+            look.note("F007", f"layer_{layer}_expert_{number}_mp_rank_{mp}_model_states.pt")
+    for rank in gaps(int(m[1]) for m in look.folder.matching(_EXPERT_OPTIMIZER).values()):
+        look.note("F007", f"expp_rank_{rank}_mp_rank_00_optim_states.pt")

@@ -72,9 +72,8 @@ def _deepspeed(look: Look) -> bool:
     names = look.folder.matching(f"global_step{NUMBER}", Kind.DIRECTORY)
     for name in names:
         deepspeed.judge(look.below(name))
-    tag = look.folder.line("latest")
-    if tag and tag not in names:
-        look.note("F002", tag, "latest names it")
+    if names or look.folder.has(deepspeed.TRACKER):
+        deepspeed.require_latest(look)
     return bool(names)
 
 

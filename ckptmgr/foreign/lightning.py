@@ -83,9 +83,7 @@ def _is_sharded(folder: Folder) -> bool:
 def judge_directory(look: Look) -> None:
     """One with shards."""
     if look.folder.has("checkpoint", Kind.DIRECTORY):
-        tag = look.folder.line("latest")
-        if tag not in (None, "checkpoint"):
-            look.note("F011", "latest", f"it names {tag}")
+        deepspeed.require_latest(look)
         deepspeed.judge(look.below("checkpoint"))
         return
     look.archive("meta.pt")

@@ -1031,3 +1031,45 @@ def test_the_last_ranks_of_megatron_are_missed_where_its_arguments_say_how_many(
     assert found(report_of(directory)) == [
         ("F007", "error", ("mp_rank_01_000/model_optim_rng.pt", "mp_rank_01_001/model_optim_rng.pt"))
     ]
+
+
+@pytest.mark.parametrize("layout", ["hf_trainer", "lightning"])
+def test_what_a_checkpoint_is_made_of_is_none_of_its_own(layout: str, theirs: Theirs, tmp_path: Path) -> None:
+    engine = theirs("deepspeed") / "global_step10"
+    if layout == "hf_trainer":
+        itself, tag = theirs(layout) / "checkpoint-10", "global_step10"
+        (itself / "optimizer.pt").unlink()
+    else:
+        itself, tag = tmp_path / "last.ckpt", "checkpoint"
+    shutil.copytree(engine, itself / tag)
+    text(itself / "latest", tag)
+    report = report_of(itself)
+    assert [(each.layout, each.candidates[0].path) for each in report.layouts] == [(made.LAYOUTS[layout].name, "")]
+    assert report.verdict is Verdict.SAFE
+
+    for content, expected in (("", ("F004", "latest")), ("global_step77", ("F002", "global_step77"))):
+        text(itself / "latest", content)
+        assert [(id, *files) for id, _, files in found(report_of(itself))] == [expected]
+
+
+def test_files_of_layers_and_experts_of_deepspeed_are_missed_between_others(theirs: Theirs) -> None:
+    directory = theirs("deepspeed")
+    checkpoint = directory / "global_step10"
+    for layer in ("00", "02"):
+        for rank in ("00", "01"):
+            torch_save(checkpoint / f"layer_{layer}-model_{rank}-model_states.pt")
+    for layer in range(2):
+        for expert in range(3):
+            torch_save(checkpoint / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
+            torch_save(checkpoint / f"expp_rank_{expert}_mp_rank_00_optim_states.pt")
+    assert found(report_of(directory)) == []
+
+    gone = (
+        "layer_02-model_01-model_states.pt",
+        "layer_0_expert_1_mp_rank_00_model_states.pt",
+        "layer_1_expert_2_mp_rank_00_model_states.pt",
+        "expp_rank_0_mp_rank_00_optim_states.pt",
+    )
+    for name in gone:
+        (checkpoint / name).unlink()
+    assert found(report_of(directory)) == [("F007", "error", gone)]
