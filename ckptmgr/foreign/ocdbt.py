@@ -79,8 +79,6 @@ class _Fields:
                 raise Fault("F006", "a description with a name of nothing")
             name = name[:same] + self.take(new)
             text = os.fsdecode(name)
-            if not is_plain_relative(text):
-                raise Fault("F006", "it names a file outside of its directory")
             found.append((os.fsdecode(name[:base]), text))
         return found
 
@@ -100,14 +98,13 @@ def judge(look: Look) -> set[str]:
         with look.folder.opened(MANIFEST) as descriptor:
             size = os.fstat(descriptor).st_size
             refuse_zeros(descriptor, size)
-            roots = _roots(_described(descriptor, 0, size, _MANIFEST_MAGIC, left))
+            waiting = {*_roots(_described(descriptor, 0, size, _MANIFEST_MAGIC, left))}
     except Fault as fault:
         look.note(fault.id, MANIFEST, fault.why)
         return set()
     except OSError as error:
         look.note("F006", MANIFEST, str(error.strerror))
         return set()
-    waiting = [(place, height) for place, height in roots]
     seen: set[_Place] = set()
     while waiting:
         place, height = waiting.pop()
@@ -116,7 +113,7 @@ def judge(look: Look) -> set[str]:
             continue
         seen.add(place)
         try:
-            waiting += _below(look, place, height, needed, left)
+            waiting |= _below(look, place, height, needed, left)
         except OSError:
             continue
         except Fault as fault:
@@ -176,7 +173,7 @@ def _roots(fields: _Fields) -> Iterator[tuple[_Place, int]]:
         yield _place(files, which[-1], offsets[-1], lengths[-1]), heights[-1]
 
 
-def _below(look: Look, place: _Place, height: int, needed: dict[str, int], left: list[int]) -> list[tuple[_Place, int]]:
+def _below(look: Look, place: _Place, height: int, needed: dict[str, int], left: list[int]) -> set[tuple[_Place, int]]:
     """The nodes below one, after what its values need."""
     with look.folder.opened(place.path) as descriptor:
         if not (size := os.fstat(descriptor).st_size):
@@ -195,7 +192,7 @@ def _below(look: Look, place: _Place, height: int, needed: dict[str, int], left:
     if height:
         which, offsets, lengths, *_ = (fields.numbers(count) for _ in range(6))
         fields.end()
-        return [(_place(files, *where), height - 1) for where in zip(which, offsets, lengths, strict=True)]
+        return {(_place(files, *where), height - 1) for where in zip(which, offsets, lengths, strict=True)}
     lengths = fields.numbers(count)
     kinds = fields.take(count)
     outside = [length for length, kind in zip(lengths, kinds, strict=True) if kind]
@@ -205,7 +202,7 @@ def _below(look: Look, place: _Place, height: int, needed: dict[str, int], left:
     for where in zip(which, offsets, outside, strict=True):
         value = _place(files, *where)
         needed[value.path] = max(needed.get(value.path, 0), value.offset + value.length)
-    return []
+    return set()
 
 
 def _place(files: list[tuple[str, str]], which: int, offset: int, length: int) -> _Place:
@@ -214,6 +211,8 @@ def _place(files: list[tuple[str, str]], which: int, offset: int, length: int) -
     if offset + length >= 1 << 63:
         raise Fault("F006", "a description with a place that no file has")
     base, path = files[which]
+    if not is_plain_relative(path):
+        raise Fault("F006", "it names a file outside of its directory")
     return _Place(base, path, offset, length)
 
 

@@ -679,8 +679,12 @@ def test_descriptions_of_orbax_that_are_too_large_are_said_and_not_read(
 def test_a_description_of_orbax_that_leads_out_of_its_directory_is_refused(theirs: Theirs) -> None:
     directory = theirs("orbax")
     made.ocdbt_database(directory / "10" / "default", {"../../5/default/d/x": 20})
-
     assert found(report_of(directory)) == [("F006", "error", ("default/d/0e4e22eb",))]
+
+    manifest = directory / "10" / "default" / "manifest.ocdbt"
+    body = manifest.read_bytes()[14:-4].replace(b"d/0e4e22eb", b"../../../x")
+    manifest.write_bytes(made.ocdbt_description(0x0CDB3A2A, body))
+    assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
 
 
 def test_steps_of_orbax_with_one_item_are_each_a_checkpoint(tmp_path: Path) -> None:
