@@ -269,7 +269,7 @@ LAYOUTS = {
     "orbax": Layout(
         orbax, "Orbax", "10", "5",
         {
-            "gone": ("default/_sharding", "default/array_metadatas/process_1"),
+            "gone": ("default/_sharding", "default/array_metadatas/"),
         },
     ),
     "models": Layout(

@@ -636,14 +636,21 @@ def test_a_manifest_of_something_else_is_found(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
 
 
-def test_a_gap_between_the_processes_of_orbax_is_found(theirs: Theirs) -> None:
+def test_a_process_that_the_leaves_of_orbax_need_is_missed(theirs: Theirs) -> None:
     directory = theirs("orbax")
     shutil.rmtree(directory / "10" / "default" / "ocdbt.process_0")
 
-    assert [(id, files) for id, _, files in found(report_of(directory))] == [
-        ("F002", ("default/ocdbt.process_0",)),
-        ("F007", ("default/ocdbt.process_0",)),
-    ]
+    assert found(report_of(directory)) == [("F002", "error", ("default/ocdbt.process_0",))]
+
+
+def test_not_every_process_of_orbax_need_have_written(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    for place in (*directory.rglob("ocdbt.process_1"), *directory.rglob("array_metadatas/process_1")):
+        place.rename(place.with_name(place.name.replace("1", "7")))
+    for step in (5, 10):
+        made.ocdbt_database(directory / str(step) / "default", {f"ocdbt.process_{n}/d/d2129b27": 100 for n in (0, 7)})
+
+    assert (report_of(directory).verdict, found(report_of(directory))) == (Verdict.SAFE, [])
 
 
 def test_a_data_file_that_the_leaves_of_orbax_need_is_missed_or_too_short(theirs: Theirs) -> None:
