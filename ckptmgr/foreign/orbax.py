@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckptmgr.errors import CheckpointError
-from ckptmgr.foreign import ocdbt
+from ckptmgr.foreign import ocdbt, zstd
 from ckptmgr.foreign.contents import Fault, Look, at, refuse_zeros
 from ckptmgr.foreign.ground import Folder, Kind
 from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, gaps, numbered, step_of, unfinished
@@ -184,6 +184,8 @@ def _array(look: Look, *, whole: bool) -> None:
     """An array of zarr: its description and its chunks; those that are all zeros are left out unless it is *whole*."""
     name = next((name for name in (".zarray", "zarr.json") if look.folder.has(name)), ".zarray")
     about = look.json(name)
+    compressor = about.get("compressor") if type(about) is dict else None
+    compressed = type(compressor) is dict and compressor.get("id") == "zstd"
     found: set[str] = set()
     waiting = [(look, "")]
     while waiting:
@@ -191,10 +193,22 @@ def _array(look: Look, *, whole: bool) -> None:
         waiting += [(place.below(name), f"{prefix}{name}/") for name, _ in place.folder.folders()]
         for chunk in place.folder.matching(r"[0-9.]+|c"):
             place.bytes(chunk)
+            if compressed and not _is_whole(place.folder, chunk):
+                place.note("F003", chunk, "compressed, and without its end")
             found.add(prefix + chunk)
     for chunk in _chunks(about) if whole and type(about) is dict else ():
         if chunk not in found:
             look.note("F002", chunk)
+
+
+def _is_whole(folder: Folder, chunk: str) -> bool:
+    """As far as it can be read; that it cannot is said elsewhere."""
+    try:
+        with folder.opened(chunk) as descriptor:
+            size = os.fstat(descriptor).st_size
+            return not size or zstd.is_whole(lambda place, count: os.pread(descriptor, count, place), size)
+    except OSError:
+        return True
 
 
 def _chunks(about: dict[str, Any]) -> Iterator[str]:

@@ -7,13 +7,15 @@ Format: RFC 8878. No dictionaries; checksums of the content are not compared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ckptmgr.foreign.contents import Fault
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 #: Of one block, by the format.
 _MAX_BLOCK = 1 << 17
+#: That are looked at in a frame that is not decompressed: 13 GB.
+_MAX_BLOCKS = 100_000
 #: The places that matches are copied from, at the beginning of a frame.
 _OFFSETS = (1, 4, 8)
 # fmt: off
@@ -50,6 +52,26 @@ def decompress(data: bytes, limit: int) -> bytes:
         return _Frame(data, limit).read()
     except (IndexError, ValueError, OverflowError) as error:
         raise Fault("F006", "compressed bytes that are none") from error
+
+
+def is_whole(read: Callable[[int, int], bytes], size: int) -> bool:
+    """Whether one frame ends where *size* says, by the lengths of its blocks; *read* gives bytes at a place."""
+    head = read(0, 5)
+    if len(head) < 5 or not head.startswith(_MAGIC):
+        return False
+    at = 5 + _header_bytes(head[4])
+    for _ in range(_MAX_BLOCKS):
+        block = int.from_bytes(read(at, 3), "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+        if block & 1 or at > size:
+            return at + 4 * (head[4] >> 2 & 1) == size
+    return True
+
+
+def _header_bytes(about: int) -> int:
+    """How many bytes follow the first one of a header."""
+    single = about >> 5 & 1
+    return (1 - single) + (0, 1, 2, 4)[about & 3] + (single, 2, 4, 8)[about >> 6]
 
 
 class _Backwards:
@@ -97,8 +119,7 @@ class _Frame:
         if self._take(4) != _MAGIC:
             raise ValueError("no frame")
         about = self._number(1)
-        single = about >> 5 & 1
-        self._take((1 - single) + (0, 1, 2, 4)[about & 3] + ((single, 2, 4, 8)[about >> 6]))
+        self._take(_header_bytes(about))
         last = False
         while not last:
             head = self._number(3)

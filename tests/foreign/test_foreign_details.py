@@ -740,6 +740,13 @@ def test_arrays_of_orbax_in_directories_of_their_own_are_looked_into(version: in
         ("F002", "error", (f"w/{chunks[1]}",)),
         ("F005", "error", (f"w/{chunks[0]}",)),
     ]
+    if version == 2:
+        text(tmp_path / "10" / "w" / about[0], {**about[1], "compressor": {"id": "zstd", "level": 1}})
+        for chunk in chunks:
+            (tmp_path / "10" / "w" / chunk).write_bytes(bytes.fromhex("28b52ffd2003190000") + b"abc")
+        assert found(report_of(tmp_path)) == []
+        os.truncate(tmp_path / "10" / "w" / chunks[1], 11)
+        assert found(report_of(tmp_path)) == [("F003", "error", (f"w/{chunks[1]}",))]
     shutil.rmtree(tmp_path / "10" / "w")
     assert found(report_of(tmp_path)) == [("F002", "error", ("w",))]
 

@@ -64,6 +64,16 @@ def test_a_frame_that_is_cut_short_anywhere_is_none(name: str) -> None:
             zstd.decompress(frame[:length], 1 << 20)
 
 
+@pytest.mark.parametrize("name", FRAMES)
+def test_where_a_frame_ends_is_seen_without_what_it_holds(name: str) -> None:
+    frame = base64.b64decode(FRAMES[name][1])
+
+    def ends_at(length: int) -> bool:
+        return zstd.is_whole(lambda at, count: frame[:length][at : at + count], length)
+
+    assert [length for length in range(len(frame) + 1) if ends_at(length)] == [len(frame)]
+
+
 @pytest.mark.parametrize("name", [name for name in FRAMES if len(FRAMES[name][0]) > 100])
 def test_no_more_is_made_than_was_allowed(name: str) -> None:
     with pytest.raises(Fault, match="F015"):
