@@ -22,7 +22,6 @@ _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
 #: Of all descriptions of one database together, decompressed: some seconds.
 MAX_BYTES = 8 << 20
-_MAX_FILES = 1 << 20
 _MAX_HEIGHT = 32
 #: What says that a tree has no root.
 _NOWHERE = (1 << 64) - 1
