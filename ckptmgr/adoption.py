@@ -201,6 +201,8 @@ def _files(folder: Folder) -> Iterator[tuple[str, tuple[str, int]]]:
         path = f"{folder.path}/{name}" if folder.path else name
         if not is_plain_relative(path):
             raise InvalidArgument(f"{path!a} is no name that a manifest can hold")
+        if folder.link(name) is not None:
+            raise InvalidArgument(f"{path} is a link, and is not followed")
         if entry.kind is Kind.FILE:
             yield path, (path, entry.size)
         elif entry.kind is Kind.DIRECTORY:

@@ -3,7 +3,8 @@ Checkpoints that ckptmgr did not write: which are complete, what is missing or t
 
 One function, `judge`. Each layout is a file here that finds its checkpoints in a directory and judges one; what all
 of them share are `ground` (the directory), `contents` (single files), `indexes` (pickled indexes) and `report`.
-Only read, never unpickled freely, without torch; no link is followed and nothing but regular files is opened.
+Only read, never unpickled freely, without torch; nothing but regular files is opened, and no link is followed
+but those of the cache of huggingface_hub into its own blobs.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def judge(directory: Path, asked: Asked | None = None) -> ForeignReport | None:
                     each.checkpoints = new
                     found.append(each)
                     claimed |= {one.path for one in new}
+    # What a checkpoint is made of is judged with it, and is none of its own.
+    itself = [each for each in found if each.series != "hf" and any(not one.path for one in each.checkpoints)]
+    found = itself or found
     judged = tuple(_judged(each, asked) for each in found)
     return ForeignReport(directory, judged, asked.required) if judged else None
 

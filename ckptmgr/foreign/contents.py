@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from typing import Any
@@ -33,6 +34,10 @@ _END_BYTES = 22 + (1 << 16)
 #: How many places of a file are looked at before it is said to hold nothing but zeros.
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
+#: How much of an archive is searched for what its pickle says: that is the first member.
+_PICKLE_BYTES = 8 << 20
+#: After a key: maybe that it is to be remembered, and then a whole number (pickle, protocols 2 to 5).
+_NUMBER = rb"(?:q.|r.{4}|\x94)?(?:K(.)|M(..)|J(.{4}))"
 #: The pickled number that files of ``torch.save`` began with before PyTorch 1.6 (torch/serialization.py).
 _OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 
@@ -116,6 +121,18 @@ class Look:
     def bytes(self, name: str) -> None:
         """A file of which only is known that it is not empty and not all zeros."""
         self._read(name, _bytes)
+
+    def said(self, name: str, key: str) -> int | None:
+        """The number that the pickle of an archive of ``torch.save`` gives *key*; None if it cannot be had."""
+        try:
+            with self.folder.opened(name) as descriptor:
+                head = os.pread(descriptor, _PICKLE_BYTES, 0)
+        except OSError:
+            return None
+        length = struct.pack("<I", len(key))
+        text = b"(?:X" + re.escape(length) + rb"|\x8c" + re.escape(length[:1]) + b")" + re.escape(key.encode())
+        found = re.search(text + _NUMBER, head, re.DOTALL)
+        return int.from_bytes(next(filter(None, found.groups())), "little") if found is not None else None
 
     def any(self, name: str) -> None:
         """A file, by the end of its name."""

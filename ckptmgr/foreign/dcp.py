@@ -15,7 +15,7 @@ from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign import huggingface, indexes
 from ckptmgr.foreign.contents import Fault, Look, at, check_archive, refuse_zeros
 from ckptmgr.foreign.ground import Folder, Kind
-from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, numbered, step_of, unfinished
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, numbered, siblings, step_of, unfinished
 
 LAYOUT = "DCP"
 INDEX = ".metadata"
@@ -38,6 +38,7 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
         for name, below in folder.folders()
         if below.path not in known | claimed and is_one(below) and not name.startswith("tmp_")
     ]
+    siblings(folder, found.checkpoints, claimed | known, judge)
     # A directory of that name alone may be anybody's.
     if any(is_one(checkpoint.folder) or huggingface.is_one(checkpoint.folder) for checkpoint in steps):
         found.checkpoints += steps
@@ -48,15 +49,25 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
 def is_one(folder: Folder) -> bool:
     """Whether DCP has begun to write into it."""
     try:
-        return folder.has(INDEX) or bool(folder.matching(_DATA))
+        return bool(folder.matching(_DATA)) or (folder.has(INDEX) and _may_be_index(folder))
     except (OSError, CheckpointError):
         return False
+
+
+def _may_be_index(folder: Folder) -> bool:
+    # Others have files of that name as well: those of Flutter are text.
+    try:
+        with folder.opened(INDEX) as descriptor:
+            return os.pread(descriptor, 1, 0) in (b"\x80", b"\0", b"")
+    except OSError:
+        return True
 
 
 def judge(look: Look) -> None:
     """Everything that the index names; or an export of the model alone, which torchtitan may end with."""
     if not look.folder.has(INDEX) and huggingface.is_one(look.folder) and not is_one(look.folder):
-        huggingface.judge(look)
+        # Its config is not torchtitan's to write.
+        huggingface.weights(look)
         look.note("F015", why="the model alone, exported: a training cannot be resumed from it")
         return
     weights(look)
@@ -75,7 +86,8 @@ def weights(look: Look) -> None:
     for name, pieces in index.pieces.items():
         _file(look, name, pieces)
     for name in look.folder.matching(_DATA):
-        if name not in index.pieces:
+        # A rank that had nothing to write has made its file all the same.
+        if name not in index.pieces and look.folder.entries[name].size:
             look.note("F013", name)
 
 
@@ -97,14 +109,18 @@ def _file(look: Look, name: str, pieces: list[indexes.Piece]) -> None:
             if sum(piece.length for piece in pieces) > size:
                 raise Fault("F006", "the index has pieces that overlap")
             refuse_zeros(descriptor, size)
-            _pieces(look, descriptor, [piece for piece in pieces if piece.plain and piece.length])
+            archives = _pieces(look, descriptor, [piece for piece in pieces if piece.plain and piece.length])
+            header = not archives and size > 8 and at(descriptor, 8, 1) == b"{"
     except Fault as fault:
         look.note(fault.id, last, fault.why)
     except OSError as error:
         look.note("F006", last, str(error.strerror))
+    else:
+        if header:
+            look.tensors(last)
 
 
-def _pieces(look: Look, descriptor: int, pieces: list[indexes.Piece]) -> None:
+def _pieces(look: Look, descriptor: int, pieces: list[indexes.Piece]) -> bool:
     """Each is an archive of its own. If not one of them is, another writer wrote them, and they are not judged."""
     begins = [at(descriptor, piece.offset, min(4, piece.length)) for piece in pieces]
     for piece, begin in zip(pieces, begins, strict=True):
@@ -112,3 +128,4 @@ def _pieces(look: Look, descriptor: int, pieces: list[indexes.Piece]) -> None:
             check_archive(descriptor, piece.offset, piece.length, look.asked)
         elif b"PK\x03\x04" in begins:
             raise Fault("F006" if any(begin) else "F005", f"what should be an archive, at {piece.offset}")
+    return b"PK\x03\x04" in begins

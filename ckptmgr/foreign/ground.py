@@ -96,6 +96,8 @@ class Folder:
                     for entry in itertools.islice(entries, MAX_ENTRIES + 1):
                         with contextlib.suppress(FileNotFoundError):
                             facts = entry.stat(follow_symlinks=False)
+                            if entry.is_symlink() and (blob := self._blob(entry.name)) is not None:
+                                facts = _facts(blob)
                             found[entry.name] = Entry(_kind(facts.st_mode), facts.st_size, facts.st_mtime_ns)
             finally:
                 os.close(readable)
@@ -152,7 +154,8 @@ class Folder:
         Raises:
             OSError: It is none, or cannot be read.
         """
-        with reach.directory(self.root / self.path) as here, reach.regular(here, name) as descriptor:
+        at = self._blob(name) or self.root / self.path / name
+        with reach.parent(at) as (here, last), reach.regular(here, last) as descriptor:
             yield descriptor
 
     def line(self, name: str) -> str | None:
@@ -166,11 +169,43 @@ class Folder:
 
     def link(self, name: str) -> str | None:
         """Where the link *name* leads, unfollowed; None if it is none."""
-        try:
-            with reach.directory(self.root / self.path) as here:
-                return os.readlink(name, dir_fd=here)
-        except OSError:
+        return _link(self.root / self.path / name)
+
+    def _blob(self, name: str) -> Path | None:
+        """
+        Where the cache of huggingface_hub keeps the bytes of *name*: a regular file; None if *name* is no link of it.
+
+        A revision in ``REPOSITORY/snapshots`` has links into ``REPOSITORY/blobs``, and those may be links into the
+        ``blobs`` of the whole cache. They are read as text: what leads anywhere else is a link like any other.
+        """
+        at = self.root / self.path / name
+        if "snapshots" not in at.parent.parts:
             return None
+        repository = Path(*at.parts[: len(at.parts) - 1 - at.parts[::-1].index("snapshots")])
+        for blobs in (repository / "blobs", repository.parent / "blobs"):
+            target = _link(at)
+            if target is None:
+                return None
+            at = Path(os.path.normpath(at.parent / target))
+            if not at.is_relative_to(blobs):
+                return None
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(_facts(at).st_mode):
+                    return at
+        return None
+
+
+def _link(path: Path) -> str | None:
+    try:
+        with reach.parent(path) as (here, name):
+            return os.readlink(name, dir_fd=here)
+    except OSError:
+        return None
+
+
+def _facts(path: Path) -> os.stat_result:
+    with reach.parent(path) as (here, name):
+        return os.stat(name, dir_fd=here, follow_symlinks=False)
 
 
 def _kind(mode: int) -> Kind:

@@ -58,34 +58,38 @@ def judge(look: Look) -> None:
             look.json(name)
     for name in folder.matching(_OTHERS):
         look.archive(name)
+    huggingface.texts(look)
     engine = _deepspeed(look)
     parts = folder.matching("(?:pytorch_model_fsdp|optimizer)_[0-9]+", Kind.DIRECTORY)
     for name in parts:
         dcp.weights(look.below(name))
     if not (huggingface.weights(look) or engine or parts or folder.has("pytorch_model_fsdp.bin")):
         look.note("F002", "model.safetensors", "or weights under another of their names")
-    _ranks(look, optimizer=engine or bool(parts))
+    _ranks(look, engine=engine, optimizer=bool(parts))
 
 
 def _deepspeed(look: Look) -> bool:
     names = look.folder.matching(f"global_step{NUMBER}", Kind.DIRECTORY)
     for name in names:
         deepspeed.judge(look.below(name))
-    tag = look.folder.line("latest")
-    if tag and tag not in names:
-        look.note("F002", tag, "latest names it")
+    if names or look.folder.has(deepspeed.TRACKER):
+        deepspeed.require_latest(look)
     return bool(names)
 
 
-def _ranks(look: Look, *, optimizer: bool) -> None:
+def _ranks(look: Look, *, engine: bool, optimizer: bool) -> None:
     folder = look.folder
     ranks = {int(match[1]) for match in folder.matching(_RNG).values()}
-    optimizer = optimizer or bool(folder.matching(r"optimizer\.(?:pt|bin)"))
+    optimizer = engine or optimizer or bool(folder.matching(r"optimizer\.(?:pt|bin)"))
     if not optimizer and (ranks or folder.has("rng_state.pth")):
         look.note("F002", "optimizer.pt", "it is written before the RNG files, which are there")
     elif not optimizer:
         why = "neither it nor RNG files: saved with save_only_model, or cut short"
         look.note("F002", "optimizer.pt", why, level=Level.WARNING)
+    if optimizer and not engine and not folder.has("scheduler.pt"):
+        look.note("F002", "scheduler.pt", "without it, the Trainer does not load the optimizer either")
+    if optimizer and not ranks and not folder.has("rng_state.pth"):
+        look.note("F002", "rng_state.pth", "it is written after the optimizer, which is there", level=Level.WARNING)
     for rank in gaps(ranks):
         look.note("F007", f"rng_state_{rank}.pth")
     world_size = 1 + max(ranks, default=0)

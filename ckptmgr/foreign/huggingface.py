@@ -15,6 +15,7 @@ from ckptmgr.foreign.contents import Look
 from ckptmgr.foreign.ground import Folder
 from ckptmgr.foreign.layout import Checkpoint, Found, step_of
 from ckptmgr.manifest import is_plain_relative
+from ckptmgr.resume import Level
 
 LAYOUT = "Hugging Face model"
 _MEANS = (
@@ -23,13 +24,17 @@ _MEANS = (
 )
 _CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = r"(?:model|pytorch_model|adapter_model|diffusion_pytorch_model).*\.(?:safetensors|bin)"
-_INDEX = r".*\.(?:safetensors|bin)\.index\.json"
+_INDEX = r".*\.(?:safetensors|bin)\.index(?:\.\w+)?\.json"
+_TEXTS = r".*\.(?:model|tiktoken|jinja)|(?:vocab|merges)\.txt"
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.DOTALL | re.ASCII)
 
 
 def find(folder: Folder, claimed: set[str]) -> list[Found]:
     """The directory itself, or the directories in it that no other layout has claimed."""
-    models = [Checkpoint(folder, step_of(folder.root.name), judge)] if is_one(folder) and not folder.path else []
+    models: list[Checkpoint] = []
+    if not folder.path and (is_one(folder) or _is_begun(folder)):
+        # Adapters may stand below the one that is loaded.
+        models.append(Checkpoint(folder, step_of(folder.root.name), judge, generation=1))
     models += [
         Checkpoint(below, step_of(name), judge)
         for name, below in folder.folders()
@@ -43,9 +48,18 @@ def is_one(folder: Folder) -> bool:
     try:
         config = any(folder.has(name) for name in _CONFIGS)
         weights = bool(folder.matching(_WEIGHTS)) or bool(folder.matching(_INDEX))
-        return (config and weights) or bool(folder.matching(_INDEX))
+        return (
+            (config and weights)
+            or bool(folder.matching(_INDEX))
+            or bool(folder.matching(r"adapter_(?:config|model)\..*"))
+        )
     except (OSError, CheckpointError):
         return False
+
+
+def _is_begun(folder: Folder) -> bool:
+    """Whether a model stands there without its config, or without its weights."""
+    return folder.has("generation_config.json") and (folder.has("config.json") or bool(folder.matching(_WEIGHTS)))
 
 
 def judge(look: Look) -> None:
@@ -56,8 +70,15 @@ def judge(look: Look) -> None:
     for name in look.folder.matching(r".*\.json"):
         if name not in indexes:
             look.json(name)
+    texts(look)
     if not weights(look):
         look.note("F002", "model.safetensors", "or weights under another of their names")
+
+
+def texts(look: Look) -> None:
+    """What a tokenizer reads, and is no JSON."""
+    for name in look.folder.matching(_TEXTS):
+        look.bytes(name)
 
 
 def weights(look: Look) -> bool:
@@ -92,6 +113,7 @@ def _indexed(look: Look, name: str) -> set[str]:
     if type(places) is not dict or not all(type(shard) is str for shard in places.values()):
         look.note("F006", name, "it maps no tensors to files")
         return set()
+    total: int | None = 0
     shards: dict[str, list[str]] = collections.defaultdict(list)
     for tensor, shard in places.items():
         shards[shard].append(tensor)
@@ -100,8 +122,18 @@ def _indexed(look: Look, name: str) -> set[str]:
             look.note("F006", name, "it names a file outside of its directory")
         elif not shard.endswith(".safetensors"):
             look.any(shard)
+            total = None
         elif (header := look.tensors(shard)) is not None:
             lost = [tensor for tensor in tensors if tensor not in header]
             for tensor in lost:
                 look.note("F008", shard, f"without {tensor}")
+            held = [header[tensor]["data_offsets"] for tensor in tensors if tensor in header]
+            total = None if lost or total is None else total + sum(end - begin for begin, end in held)
+        else:
+            total = None
+    about = index.get("metadata")
+    stated = about.get("total_size") if type(about) is dict else None
+    if type(stated) in (int, float) and total not in (None, stated):
+        # Nothing reads that number, and tools that edit models leave the old one.
+        look.note("F003", name, f"total_size {stated}, its tensors have {total} bytes", level=Level.WARNING)
     return {*shards}

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 
+from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign.contents import Look
 from ckptmgr.foreign.ground import Folder, Kind
 from ckptmgr.foreign.report import Faults
@@ -50,13 +51,47 @@ class Found:
 
 
 def numbered(folder: Folder, pattern: str, judge: Callable[[Look], None]) -> list[Checkpoint]:
-    """The directories in *folder* whose names *pattern* matches in full, its first group being the step."""
+    """The directories in *folder* whose names *pattern* matches in full, its first group being the step; and links."""
     matches = folder.matching(pattern, Kind.DIRECTORY)
-    return [Checkpoint(folder.folder(name), int(match[1]), judge) for name, match in matches.items()]
+    links = folder.matching(pattern, Kind.LINK)
+    return [
+        *(Checkpoint(folder.folder(name), int(match[1]), judge) for name, match in matches.items()),
+        *(Checkpoint(folder.folder(name), int(match[1]), _judge_link) for name, match in links.items()),
+    ]
+
+
+def _judge_link(look: Look) -> None:
+    # Left out, an older one would be called the newest.
+    look.note("F016", why="a link")
+
+
+def siblings(folder: Folder, known: list[Checkpoint], claimed: set[str], judge: Callable[[Look], None]) -> None:
+    """Add what is called as those in *known* are, but for the number: what a save has only begun, or is unreadable."""
+    paths = {each.path for each in known} | claimed
+    stems = {_stem(each.folder.path) for each in known if each.folder.path}
+    for name, entry in folder.entries.items():
+        below = folder.folder(name)
+        if entry.kind is Kind.DIRECTORY and below.path not in paths and _stem(below.path) in stems and _is_flat(below):
+            known.append(Checkpoint(below, step_of(name), judge))
+
+
+def _is_flat(folder: Folder) -> bool:
+    # What has directories of its own may be another run of that name.
+    try:
+        return all(entry.kind is not Kind.DIRECTORY for entry in folder.entries.values())
+    except (OSError, CheckpointError):
+        return True
+
+
+def _stem(path: str) -> str | None:
+    stem, count = re.subn("[0-9]+", "0", path.rpartition("/")[2])
+    return stem if count else None
 
 
 def step_of(name: str) -> int | None:
-    """The last number in a name."""
+    """The last number in a name, unless it is one of the hashes that revisions are called by."""
+    if re.fullmatch("[0-9a-f]{40}", name):
+        return None
     numbers = re.findall("[0-9]+", name, re.ASCII)
     return int(numbers[-1]) if numbers and len(numbers[-1]) <= 18 else None
 

@@ -22,6 +22,7 @@ _MEANS = (
     "entries there should be"
 )
 _NAME = r".+\.ckpt"
+_VERSION = re.compile(r"version_[0-9]+", re.ASCII)
 _LAST = re.compile(r"last(?:-v[0-9]+)?\.ckpt")
 
 
@@ -39,9 +40,11 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
 
 def _versions(folder: Folder) -> Iterator[tuple[int, Folder]]:
     """The checkpoint directory of each version of the default logger, with the version's number from 1."""
-    for name, logs in () if folder.path else folder.folders():
-        for version, below in logs.folders() if name == "lightning_logs" else ():
-            for inner, place in below.folders():
+    if folder.path:
+        return
+    for logs in (folder, *(below for name, below in folder.folders() if name == "lightning_logs")):
+        for version, below in logs.folders():
+            for inner, place in below.folders() if _VERSION.fullmatch(version) else ():
                 if inner == "checkpoints":
                     yield 1 + (step_of(version) or 0), place
 
@@ -80,9 +83,7 @@ def _is_sharded(folder: Folder) -> bool:
 def judge_directory(look: Look) -> None:
     """One with shards."""
     if look.folder.has("checkpoint", Kind.DIRECTORY):
-        tag = look.folder.line("latest")
-        if tag not in (None, "checkpoint"):
-            look.note("F011", "latest", f"it names {tag}")
+        deepspeed.require_latest(look)
         deepspeed.judge(look.below("checkpoint"))
         return
     look.archive("meta.pt")

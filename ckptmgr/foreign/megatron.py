@@ -108,9 +108,21 @@ def _ranks(look: Look, ranks: dict[str, re.Match[str]]) -> None:
             below = look.below(name)
             if not below.folder.has("distrib_optim.pt"):
                 below.file("distrib_optim.pt")
+    _missing(look, ranks)
+
+
+def _missing(look: Look, ranks: dict[str, re.Match[str]]) -> None:
+    """Which model-parallel ranks are not there."""
     places = {tuple(int(part) for part in match.groups() if part is not None) for match in ranks.values()}
     widest = max(map(len, places))
     sizes = [1 + max(place[axis] for place in places if len(place) > axis) for axis in range(widest)]
+    # What the arguments say that it was started with. With one pipeline stage, the second number is the expert's.
+    first = look.below(next(iter(ranks)))
+    tensor = first.said("model_optim_rng.pt", "tensor_model_parallel_size") or 1
+    pipeline = first.said("model_optim_rng.pt", "pipeline_model_parallel_size") or 1
+    sizes[0] = max(sizes[0], tensor)
+    if pipeline > 1 and widest > 1:
+        sizes[1] = max(sizes[1], pipeline)
     if math.prod(sizes) <= 1 << 20:
         for place in itertools.product(*map(range, sizes)):
             if place not in places:

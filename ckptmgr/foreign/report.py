@@ -58,6 +58,10 @@ _SHOWN = 3
 _KEPT = 100
 
 
+def _hint(id: str, level: Level) -> str:
+    return _HINTS.get(id, _OLDER if level is Level.ERROR else _HINTS["F015"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One result. ``path`` is the checkpoint's, relative to the directory judged, or None if it is about no single one;
@@ -96,7 +100,7 @@ class Faults:
         """Everything that was noted, in order of the ids."""
         return tuple(
             Finding(
-                id, level, self._text(id, level), _HINTS.get(id, _OLDER), path, step,
+                id, level, self._text(id, level), _hint(id, level), path, step,
                 tuple(name for name, _ in self._found[id, level] if name),
             )
             for id, level in sorted(self._found)

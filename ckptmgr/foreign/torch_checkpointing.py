@@ -9,13 +9,14 @@ checkpoint_writer.py, checkpoint_layout.py, metadata_serialization.py).
 from __future__ import annotations
 
 import collections
+import os
 from typing import Any
 
 from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign import indexes
 from ckptmgr.foreign.contents import Fault, Look
 from ckptmgr.foreign.ground import Folder
-from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, step_of, unfinished
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, siblings, step_of, unfinished
 from ckptmgr.manifest import is_plain_relative
 
 LAYOUT = "torch_checkpointing"
@@ -37,17 +38,31 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
         for name, below in folder.folders()
         if below.path not in claimed and not name.startswith("tmp_") and is_one(below)
     ]
-    if found.checkpoints:
+    siblings(folder, found.checkpoints, claimed, judge)
+    begun = any(name.startswith("tmp_") and is_one(below) for name, below in folder.folders())
+    if found.checkpoints or (begun and not folder.path):
         unfinished(folder, found.faults, "tmp_.+")
-    return [found] if found.checkpoints else []
+        return [found]
+    return []
 
 
 def is_one(folder: Folder) -> bool:
-    """By its index, or by two items of rank 0: one alone may be anybody's ``model_0.pt``."""
+    """By an item and its index, or by two items of rank 0: one alone may be anybody's, the index as well."""
     try:
         items = {match[1] for match in folder.matching(_FILE).values() if int(match[2]) == 0}
-        return not folder.has(".metadata") and (folder.has(INDEX) or len(items) > 1)
+        return not folder.has(".metadata") and (
+            len(items) > 1 or (folder.has(INDEX) and (bool(items) or _describes(folder)))
+        )
     except (OSError, CheckpointError):
+        return False
+
+
+def _describes(folder: Folder) -> bool:
+    # Many call a pickle so. This one is a mapping that begins with what it says of the items.
+    try:
+        with folder.opened(INDEX) as descriptor:
+            return b"metadata" in os.pread(descriptor, 64, 0)
+    except OSError:
         return False
 
 
@@ -56,6 +71,8 @@ def judge(look: Look) -> None:
     ranks: dict[str, set[int]] = collections.defaultdict(set)
     for match in look.folder.matching(_FILE).values():
         ranks[match[1]].add(int(match[2]))
+    if not ranks and not look.folder.has(INDEX):
+        look.note("F002", "model_0.pt", "or any other item")
     found = indexes.read(look, INDEX, _described) if look.folder.has(INDEX) else None
     named, world_size = found or ({}, None)
     files = look.folder.matching(r".*\.(?:pt|safetensors|json)")

@@ -146,6 +146,48 @@ def megatron_ranks(at: Path) -> None:
     text(at / "latest_checkpointed_iteration.txt", "10")
 
 
+def ocdbt_description(magic: int, body: bytes) -> bytes:
+    """A description of OCDBT, uncompressed: its header, what it says, and its checksum."""
+    data = struct.pack(">I", magic) + struct.pack("<Q", 18 + len(body)) + b"\0\0" + body
+    return data + struct.pack("<I", crc32c(data))
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def ocdbt_files(names: list[tuple[str, str]]) -> bytes:
+    """The table of data files; each in the directory that what it names is relative to."""
+    paths = [(base + name).encode() for base, name in names]
+    bases = bytes(len(base) for base, _ in names)
+    return bytes([len(paths), *[0] * (len(paths) - 1), *map(len, paths)]) + bases + b"".join(paths)
+
+
+def ocdbt_database(item: Path, values: Mapping[str, int]) -> None:
+    """A manifest, an inner node, a leaf that needs the last bytes of *values*, and one value that stands in it."""
+    number = len(values)
+    leaf = bytes([0]) + ocdbt_files([("", name) for name in values])
+    leaf += bytes([number + 1, *[0] * number, *[1] * (number + 1)]) + b"abcdefgh"[: number + 1]
+    leaf += bytes([*[10] * number, 3, *[1] * number, 0, *range(number)])
+    leaf += b"".join(bytes([(end - 10) & 127 | 128, end - 10 >> 7]) for end in values.values()) + b"abc"
+    below = ocdbt_description(0x0CDB20DE, leaf)
+    inner = bytes([1]) + ocdbt_files([("", "d/0e4e22eb")]) + bytes([1, 1, 0]) + b"a"
+    inner += bytes([0, 7, len(below) & 127 | 128, len(below) >> 7, 1, 0, 0])
+    root = ocdbt_description(0x0CDB20DE, inner)
+    (item / "d").mkdir(parents=True, exist_ok=True)
+    (item / "d" / "0e4e22eb").write_bytes(b"x" * 7 + below + root)
+    at = 7 + len(below)
+    versions = bytes(16) + bytes([0, 0, 0, 4, 0]) + ocdbt_files([("", "d/0e4e22eb")])
+    versions += bytes([1, 1, 1, 0, at & 127 | 128, at >> 7, len(root), 1, 0, 0]) + bytes(8) + b"\0"
+    (item / "manifest.ocdbt").write_bytes(ocdbt_description(0x0CDB3A2A, versions))
+
+
 def ocdbt_manifest(path: Path) -> None:
     """A manifest's magic number and length, and something behind them."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,12 +199,11 @@ def orbax(at: Path) -> None:
     for step in (5, 10):
         checkpoint = at / str(step)
         item = checkpoint / "default"
-        ocdbt_manifest(item / "manifest.ocdbt")
+        ocdbt_database(item, {f"ocdbt.process_{process}/d/d2129b27": 100 for process in range(2)})
         for process in range(2):
             ocdbt_manifest(item / f"ocdbt.process_{process}" / "manifest.ocdbt")
             text(item / f"ocdbt.process_{process}" / "d" / "d2129b27", "x" * 100)
             text(item / "array_metadatas" / f"process_{process}", {"array_metadatas": []})
-        text(item / "d" / "0e4e22eb", "x" * 100)
         text(item / "_METADATA", {"tree_metadata": {}, "use_ocdbt": True})
         text(item / "_sharding", {})
         about = {"item_handlers": {"default": "x.StandardCheckpointHandler"}, "init_timestamp_nsecs": 1}
@@ -216,7 +257,7 @@ LAYOUTS = {
     ),
     "hf_trainer": Layout(
         hf_trainer, "Hugging Face Trainer", "checkpoint-10", "checkpoint-5",
-        {"gone": ("scheduler.pt", "training_args.bin", "rng_state_1.pth", "config.json", "tokenizer.json")},
+        {"gone": ("training_args.bin", "rng_state_1.pth", "config.json", "tokenizer.json")},
     ),
     "lightning": Layout(lightning, "Lightning", f"{_VERSION}=10.ckpt", f"{_VERSION}=5.ckpt", {"gone": ("",)}),
     "deepspeed": Layout(
@@ -228,11 +269,7 @@ LAYOUTS = {
     "orbax": Layout(
         orbax, "Orbax", "10", "5",
         {
-            "cut": ("default/d/", "default/ocdbt.process_0/d/", "default/ocdbt.process_1/d/"),
-            "gone": (
-                "default/d/", "default/ocdbt.process_0/d/", "default/ocdbt.process_1/d/",
-                "default/_sharding", "default/array_metadatas/process_1",
-            ),
+            "gone": ("default/_sharding", "default/array_metadatas/"),
         },
     ),
     "models": Layout(

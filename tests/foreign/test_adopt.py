@@ -269,6 +269,19 @@ def test_a_step_that_no_journal_can_hold_is_refused_and_harms_nothing(
     assert ckptmgr("check", run)[0] == 0
 
 
+def test_links_into_the_cache_of_the_hub_are_judged_and_left(tmp_path: Path, ckptmgr: Command) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    LAYOUTS["models"].make(tmp_path / "made")
+    (tmp_path / "made" / "export-5").rename(tmp_path / "models--a--b" / "blobs")
+    for each in (tmp_path / "models--a--b" / "blobs").iterdir():
+        (snapshot / each.name).symlink_to(f"../../blobs/{each.name}")
+    code, out, _ = ckptmgr("adopt", tmp_path / "run", "--from", snapshot, "--as-step", "1", "--apply")
+
+    assert code == 3
+    assert "is a link" in out
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_a_file_that_changes_while_it_is_read_is_not_committed(
     theirs: Theirs, tmp_path: Path, ckptmgr: Command, monkeypatch: pytest.MonkeyPatch, copy: bool

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from layouts_on_disk import WEIGHTS, text, torch_save
 
-from ckptmgr.foreign import Asked, judge
+from ckptmgr.foreign import Asked, judge, ocdbt
 from ckptmgr.foreign.report import DAMAGE, FINDINGS, Candidate, ForeignReport
 from ckptmgr.resume import Level, Verdict
 
@@ -636,11 +636,119 @@ def test_a_manifest_of_something_else_is_found(theirs: Theirs) -> None:
     assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
 
 
-def test_a_gap_between_the_processes_of_orbax_is_found(theirs: Theirs) -> None:
+def test_a_process_that_the_leaves_of_orbax_need_is_missed(theirs: Theirs) -> None:
     directory = theirs("orbax")
     shutil.rmtree(directory / "10" / "default" / "ocdbt.process_0")
 
-    assert found(report_of(directory)) == [("F007", "error", ("default/ocdbt.process_0",))]
+    assert found(report_of(directory)) == [("F002", "error", ("default/ocdbt.process_0",))]
+
+
+def test_not_every_process_of_orbax_need_have_written(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    for place in (*directory.rglob("ocdbt.process_1"), *directory.rglob("array_metadatas/process_1")):
+        place.rename(place.with_name(place.name.replace("1", "7")))
+    for step in (5, 10):
+        made.ocdbt_database(directory / str(step) / "default", {f"ocdbt.process_{n}/d/d2129b27": 100 for n in (0, 7)})
+
+    assert (report_of(directory).verdict, found(report_of(directory))) == (Verdict.SAFE, [])
+
+
+def test_a_data_file_that_the_leaves_of_orbax_need_is_missed_or_too_short(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    data = directory / "10" / "default" / "ocdbt.process_1" / "d" / "d2129b27"
+    data.write_bytes(data.read_bytes()[:-1])
+
+    assert found(report_of(directory)) == [("F003", "error", ("default/ocdbt.process_1/d/d2129b27",))]
+    data.unlink()
+    assert found(report_of(directory)) == [("F002", "error", ("default/ocdbt.process_1/d/d2129b27",))]
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "d/0e4e22eb"])
+def test_a_description_of_orbax_with_one_other_bit_is_found(file: str, theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    path = directory / "10" / "default" / file
+    flip(path, path.stat().st_size - 20)
+
+    assert found(report_of(directory)) == [("F009", "error", (f"default/{file}",))]
+
+
+def test_descriptions_of_orbax_that_are_too_large_are_said_and_not_read(
+    theirs: Theirs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = theirs("orbax")
+    monkeypatch.setattr(ocdbt, "MAX_BYTES", 200)
+    report = report_of(directory)
+
+    assert {(id, level) for id, level, _ in found(report)} == {("F015", "warning")}
+    assert report.verdict is Verdict.SAFE
+
+
+def test_a_description_of_orbax_that_leads_out_of_its_directory_is_refused(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    made.ocdbt_database(directory / "10" / "default", {"../../5/default/d/x": 20})
+    assert found(report_of(directory)) == [("F006", "error", ("default/d/0e4e22eb",))]
+
+    manifest = directory / "10" / "default" / "manifest.ocdbt"
+    body = manifest.read_bytes()[14:-4].replace(b"d/0e4e22eb", b"../../../x")
+    manifest.write_bytes(made.ocdbt_description(0x0CDB3A2A, body))
+    assert found(report_of(directory)) == [("F006", "error", ("default/manifest.ocdbt",))]
+
+
+def test_steps_of_orbax_with_one_item_are_each_a_checkpoint(tmp_path: Path) -> None:
+    """As `PyTreeCheckpointer` leaves them: nothing but the names of the directories says which is which."""
+    made.orbax(tmp_path / "both")
+    for step in ("5", "10"):
+        single = tmp_path / "ckpt" / f"checkpoint_{step}"
+        shutil.copytree(tmp_path / "both" / step / "default", single)
+        about = {"item_handlers": "x.PyTreeCheckpointHandler", "commit_timestamp_nsecs": 1}
+        text(single / "_CHECKPOINT_METADATA", about)
+    (tmp_path / "ckpt" / "checkpoint_5").rename(tmp_path / "ckpt" / "best")
+    report = report_of(tmp_path / "ckpt")
+
+    assert [(each.path, each.complete) for each in report.layouts[0].candidates] == [
+        ("checkpoint_10", True),
+        ("best", True),
+    ]
+    (tmp_path / "ckpt" / "checkpoint_10" / "_METADATA").unlink()
+    assert report_of(tmp_path / "ckpt").verdict is Verdict.OLDER
+
+
+def test_a_step_of_orbax_whose_commit_file_is_missing_is_not_complete(theirs: Theirs) -> None:
+    directory = theirs("orbax")
+    text(directory / "10" / "default" / "commit_success.txt", "x")
+
+    assert found(report_of(directory)) == [("F010", "error", ("commit_success.txt",))]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_arrays_of_orbax_in_directories_of_their_own_are_looked_into(version: int, tmp_path: Path) -> None:
+    chunks = {2: ("0.0", "1.0"), 3: ("c/0/0", "c/1/0")}[version]
+    grid = {"chunk_grid": {"configuration": {"chunk_shape": [2, 3]}}}
+    about = {2: (".zarray", {"shape": [3, 3], "chunks": [2, 3]}), 3: ("zarr.json", {"shape": [3, 3], **grid})}[version]
+    entry = {"key_metadata": [{"key": "w"}], "value_metadata": {"value_type": "jax.Array"}}
+    tree = {"tree_metadata": {"w": entry}, "use_ocdbt": False, "store_array_data_equal_to_fill_value": True}
+    for step in (5, 10):
+        text(tmp_path / str(step) / "_METADATA", tree)
+        text(tmp_path / str(step) / "w" / about[0], about[1])
+        for chunk in chunks:
+            text(tmp_path / str(step) / "w" / chunk, "x" * 20)
+    assert report_of(tmp_path).verdict is Verdict.SAFE
+
+    (tmp_path / "10" / "w" / chunks[0]).write_bytes(bytes(20))
+    (tmp_path / "10" / "w" / chunks[1]).unlink()
+    assert found(report_of(tmp_path)) == [
+        ("F002", "error", (f"w/{chunks[1]}",)),
+        ("F005", "error", (f"w/{chunks[0]}",)),
+    ]
+    if version == 2:
+        text(tmp_path / "10" / "w" / about[0], {**about[1], "compressor": {"id": "zstd", "level": 1}})
+        for chunk in chunks:
+            (tmp_path / "10" / "w" / chunk).write_bytes(bytes.fromhex("28b52ffd2003190000") + b"abc")
+        assert found(report_of(tmp_path)) == []
+        os.truncate(tmp_path / "10" / "w" / chunks[1], 11)
+        assert found(report_of(tmp_path)) == [("F003", "error", (f"w/{chunks[1]}",))]
+    shutil.rmtree(tmp_path / "10" / "w")
+    assert found(report_of(tmp_path)) == [("F002", "error", ("w",))]
 
 
 # -- copies of ckptmgr's own, and checksums -------------------------------------------------------------------------
@@ -722,3 +830,264 @@ def test_many_files_make_one_finding_that_counts_them(tmp_path: Path) -> None:
 
     assert finding.text.endswith("model-00002-of-00500.safetensors and 497 more")
     assert len(finding.files) == 100
+
+
+# -- what looks wrong and is not, and the other way round ----------------------------------------------------------
+
+
+def test_a_link_where_a_checkpoint_should_be_is_not_passed_by(theirs: Theirs, tmp_path: Path) -> None:
+    directory = theirs("torchtitan")
+    (directory / "checkpoint" / "step-20").symlink_to(tmp_path / "elsewhere")
+    report = report_of(directory)
+
+    assert (report.verdict, newest(report).step) == (Verdict.OLDER, 20)
+    assert [(id, level) for id, level, _ in found(report)] == [("F016", "error")]
+
+
+@pytest.mark.parametrize("layout", ["torch_checkpointing", "torchtitan"])
+def test_an_empty_directory_called_as_the_others_is_the_newest(layout: str, theirs: Theirs) -> None:
+    directory = theirs(layout)
+    for each in (*directory.glob("step_*"), *directory.glob("checkpoint/step-*")):
+        each.rename(directory / f"ckpt.{each.name[5:]}")
+    (directory / "ckpt.20").mkdir()
+    (directory / "ckpt.30" / "a run").mkdir(parents=True)
+
+    assert (report_of(directory).verdict, newest(report_of(directory)).step) == (Verdict.OLDER, 20)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.pkl"])
+def test_a_file_that_others_have_too_is_no_index(name: str, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_bytes(b"# This file tracks properties of this project\n")
+
+    assert judge(tmp_path) is None
+    assert judge(tmp_path / "project") is None
+
+
+def test_a_rank_without_data_leaves_an_empty_file(theirs: Theirs) -> None:
+    directory = theirs("torchtitan")
+    (directory / "checkpoint" / "step-10" / "__1_0.distcp").touch()
+
+    assert found(report_of(directory)) == []
+
+
+def test_a_file_of_dcp_in_safetensors_is_judged_by_its_header(tmp_path: Path) -> None:
+    form = dcp.filesystem.SerializationFormat.SAFETENSORS
+    for step in (5, 10):
+        writer = dcp.FileSystemWriter(tmp_path / f"step-{step}", serialization_format=form)
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(dict(WEIGHTS), storage_writer=writer, no_dist=True)
+    assert (report_of(tmp_path).verdict, found(report_of(tmp_path))) == (Verdict.SAFE, [])
+
+    data = tmp_path / "step-10" / "__0_0.distcp"
+    os.truncate(data, data.stat().st_size - 1)
+    assert found(report_of(tmp_path)) == [("F003", "error", ("__0_0.distcp",))]
+
+
+def test_an_export_of_torchtitan_has_no_config(tmp_path: Path) -> None:
+    made.torchtitan(tmp_path)
+    made.shards(tmp_path / "checkpoint" / "step-20")
+    (tmp_path / "checkpoint" / "step-20" / "config.json").unlink()
+    report = report_of(tmp_path)
+
+    assert (report.verdict, newest(report).step) == (Verdict.SAFE, 20)
+
+
+def test_weights_of_a_variant_have_an_index_of_their_own(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="1KB", variant="fp16")
+    assert (report_of(tmp_path).verdict, found(report_of(tmp_path))) == (Verdict.SAFE, [])
+
+    shard = next(tmp_path.glob("*-00001-of-*.safetensors"))
+    shard.unlink()
+    assert found(report_of(tmp_path)) == [("F002", "error", (shard.name,))]
+
+
+def test_another_total_in_the_index_is_a_warning(tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    assert found(report_of(tmp_path)) == []
+
+    text(index, {**body, "metadata": {"total_size": 61}})
+    assert found(report_of(tmp_path)) == [("F003", "warning", (index.name,))]
+    assert report_of(tmp_path).verdict is Verdict.SAFE
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja"])
+def test_a_tokenizer_of_zeros_is_found(name: str, tmp_path: Path) -> None:
+    made.shards(tmp_path)
+    (tmp_path / name).write_bytes(bytes(30))
+
+    assert found(report_of(tmp_path)) == [("F005", "error", (name,))]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model*"])
+def test_a_model_without_its_config_or_its_weights_is_not_complete(missing: str, tmp_path: Path) -> None:
+    made.shards(tmp_path, index=False)
+    text(tmp_path / "generation_config.json", {})
+    for each in tmp_path.glob(missing):
+        each.unlink()
+
+    assert report_of(tmp_path).verdict is Verdict.CORRUPT
+
+
+def test_an_adapter_comes_before_those_below_it(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "second"):
+        made.shards(place)
+        (place / "config.json").rename(place / "adapter_config.json")
+    assert newest(report_of(tmp_path)).path == ""
+
+    for each in (tmp_path / "second").glob("model*"):
+        each.unlink()
+    assert [each.complete for each in report_of(tmp_path).layouts[0].candidates] == [True, False]
+
+
+def cached(at: Path, *, shared: bool) -> Path:
+    """A model as huggingface_hub keeps it: links into the blobs of the repository, or of the cache."""
+    snapshot = at / "models--somebody--model" / "snapshots" / ("0123456789" * 4)
+    made.shards(snapshot)
+    blobs = at / "models--somebody--model" / "blobs"
+    blobs.mkdir()
+    (at / "blobs" / "ab").mkdir(parents=True)
+    for number, each in enumerate(sorted(snapshot.iterdir())):
+        blob = blobs / f"{number:064x}"
+        each.rename(at / "blobs" / "ab" / blob.name if shared else blob)
+        each.symlink_to(f"../../blobs/{blob.name}")
+        if shared:
+            blob.symlink_to(f"../../blobs/ab/{blob.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_in_the_cache_of_the_hub_is_judged(shared: bool, tmp_path: Path) -> None:
+    snapshot = cached(tmp_path, shared=shared)
+    assert (report_of(snapshot).verdict, newest(report_of(snapshot)).step) == (Verdict.SAFE, None)
+
+    shard = snapshot / "model-00002-of-00002.safetensors"
+    data = shard.read_bytes()
+    shard.resolve().write_bytes(data[:-1])
+    assert found(report_of(snapshot)) == [("F003", "error", (shard.name,))]
+    shard.resolve().unlink()
+    assert found(report_of(snapshot)) == [("F016", "error", (shard.name,))]
+
+
+@pytest.mark.parametrize("target", ["../../../outside", "/etc/passwd", "../../blobs/../../outside", "../../blobs"])
+def test_no_other_link_in_the_cache_of_the_hub_is_followed(target: str, tmp_path: Path) -> None:
+    snapshot = cached(tmp_path, shared=False)
+    shard = snapshot / "model-00002-of-00002.safetensors"
+    (tmp_path / "outside").write_bytes(shard.read_bytes())
+    shard.unlink()
+    shard.symlink_to(target)
+
+    assert found(report_of(snapshot)) == [("F016", "error", (shard.name,))]
+
+
+@pytest.mark.parametrize("place", ["", "lightning_logs", "lightning_logs/version_0"])
+def test_logs_of_lightning_are_recognised_from_anywhere(place: str, theirs: Theirs) -> None:
+    directory = theirs("lightning")
+    shutil.copytree(directory / "lightning_logs" / "version_0", directory / "lightning_logs" / "version_1")
+    report = report_of(directory / place)
+
+    assert report.verdict is Verdict.SAFE
+    assert len(report.layouts[0].candidates) == (2 if place.endswith("0") else 4)
+
+
+@pytest.mark.parametrize(("file", "expected"), [("scheduler.pt", "error"), ("rng_state.pth", "warning")])
+def test_a_trainer_that_saved_an_optimizer_saved_its_scheduler(file: str, expected: str, theirs: Theirs) -> None:
+    directory = theirs("hf_trainer")
+    checkpoint = directory / "checkpoint-10"
+    (checkpoint / "rng_state_0.pth").rename(checkpoint / "rng_state.pth")
+    (checkpoint / "rng_state_1.pth").unlink()
+    (checkpoint / file).unlink()
+
+    assert found(report_of(directory)) == [("F002", expected, (file,))]
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_the_last_ranks_of_deepspeed_are_missed_where_the_model_says_how_many(protocol: int, theirs: Theirs) -> None:
+    directory = theirs("deepspeed")
+    checkpoint = directory / "global_step10"
+    said = {"module": torch.ones(3), "seq_dp_world_size": 9, "dp_world_size": 2, "mp_world_size": 1}
+    torch.save(said, checkpoint / "mp_rank_00_model_states.pt", pickle_protocol=protocol)
+    assert found(report_of(directory)) == []
+
+    (checkpoint / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    assert found(report_of(directory)) == [("F007", "error", ("zero_pp_rank_1_mp_rank_00_optim_states.pt",))]
+    torch.save({**said, "dp_world_size": 1, "mp_world_size": 2}, checkpoint / "mp_rank_00_model_states.pt")
+    assert found(report_of(directory)) == [("F007", "error", ("mp_rank_01_model_states.pt",))]
+
+
+def test_a_universal_checkpoint_of_deepspeed_is_not_put_before_what_it_was_made_of(theirs: Theirs) -> None:
+    directory = theirs("deepspeed")
+    universal = directory / "global_step10_universal"
+    torch_save(universal / "mp_rank_00_model_states.pt")
+    for name in ("fp32", "exp_avg", "exp_avg_sq"):
+        torch_save(universal / "zero" / "layer.weight" / f"{name}.pt")
+    text(directory / "latest_universal", "global_step10_universal")
+    report = report_of(directory)
+    assert (report.verdict, newest(report).path, found(report)) == (Verdict.SAFE, "global_step10", [])
+
+    os.truncate(universal / "zero" / "layer.weight" / "exp_avg.pt", 100)
+    (universal / "zero" / "layer.weight" / "fp32.pt").unlink()
+    assert found(report_of(directory)) == [
+        ("F002", "error", ("zero/layer.weight/fp32.pt",)),
+        ("F003", "error", ("zero/layer.weight/exp_avg.pt",)),
+    ]
+
+
+def test_the_last_ranks_of_megatron_are_missed_where_its_arguments_say_how_many(theirs: Theirs) -> None:
+    directory = theirs("megatron_ranks")
+    newest_one = directory / "iter_0000010"
+    said = {"args": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}
+    torch.save(said, newest_one / "mp_rank_00_000" / "model_optim_rng.pt")
+    for rank in newest_one.glob("mp_rank_01_*"):
+        shutil.rmtree(rank)
+
+    assert found(report_of(directory)) == [
+        ("F007", "error", ("mp_rank_01_000/model_optim_rng.pt", "mp_rank_01_001/model_optim_rng.pt"))
+    ]
+
+
+@pytest.mark.parametrize("layout", ["hf_trainer", "lightning"])
+def test_what_a_checkpoint_is_made_of_is_none_of_its_own(layout: str, theirs: Theirs, tmp_path: Path) -> None:
+    engine = theirs("deepspeed") / "global_step10"
+    if layout == "hf_trainer":
+        itself, tag = theirs(layout) / "checkpoint-10", "global_step10"
+        (itself / "optimizer.pt").unlink()
+    else:
+        itself, tag = tmp_path / "last.ckpt", "checkpoint"
+    shutil.copytree(engine, itself / tag)
+    text(itself / "latest", tag)
+    report = report_of(itself)
+    assert [(each.layout, each.candidates[0].path) for each in report.layouts] == [(made.LAYOUTS[layout].name, "")]
+    assert report.verdict is Verdict.SAFE
+
+    for content, expected in (("", ("F004", "latest")), ("global_step77", ("F002", "global_step77"))):
+        text(itself / "latest", content)
+        assert [(id, *files) for id, _, files in found(report_of(itself))] == [expected]
+
+
+def test_files_of_layers_and_experts_of_deepspeed_are_missed_between_others(theirs: Theirs) -> None:
+    directory = theirs("deepspeed")
+    checkpoint = directory / "global_step10"
+    for layer in ("00", "02"):
+        for rank in ("00", "01"):
+            torch_save(checkpoint / f"layer_{layer}-model_{rank}-model_states.pt")
+    for layer in range(2):
+        for expert in range(3):
+            torch_save(checkpoint / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
+            torch_save(checkpoint / f"expp_rank_{expert}_mp_rank_00_optim_states.pt")
+    assert found(report_of(directory)) == []
+
+    gone = (
+        "layer_02-model_01-model_states.pt",
+        "layer_0_expert_1_mp_rank_00_model_states.pt",
+        "layer_1_expert_2_mp_rank_00_model_states.pt",
+        "expp_rank_0_mp_rank_00_optim_states.pt",
+    )
+    for name in gone:
+        (checkpoint / name).unlink()
+    assert found(report_of(directory)) == [("F007", "error", gone)]

@@ -9,6 +9,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import layouts_on_disk as made
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layouts_on_disk import text, torch_save
 
 from ckptmgr import foreign
@@ -304,6 +307,27 @@ def test_numbers_that_no_step_has(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@given(st.integers(0, 2), st.integers(14, 200), st.integers(0, 255), st.integers(0, 9))
+def test_descriptions_of_orbax_of_any_bytes(which: int, at: int, byte: int, more: int) -> None:
+    """With their checksums made anew, or none would get past those."""
+    with tempfile.TemporaryDirectory() as temporary:
+        made.orbax(directory := Path(temporary))
+        for path in (directory / "10" / "default").glob(
+            ("manifest.ocdbt", "d/*", "ocdbt.process_1/manifest.ocdbt")[which]
+        ):
+            data = path.read_bytes()
+            begin = data.index(b"\x0c\xdb")
+            size = int.from_bytes(data[begin + 4 : begin + 12], "little")
+            body = bytearray(data[begin + 14 : begin + size - 4])
+            body[(at - 14) % len(body)] = byte
+            body += bytes([byte] * more)
+            magic = int.from_bytes(data[begin : begin + 4], "big")
+            path.write_bytes(data[:begin] + made.ocdbt_description(magic, bytes(body)) + data[begin + size :])
+        report = foreign.judge(directory)
+        assert report is not None
+        assert report.layouts[0].candidates[1].complete
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_names_are_listed(tmp_path: Path) -> None:
     made.torchtitan(tmp_path)
@@ -311,7 +335,9 @@ def test_a_hundred_thousand_names_are_listed(tmp_path: Path) -> None:
     here = os.open(crowded, os.O_RDONLY)
     try:
         for number in range(100_000):
-            os.close(os.open(f"__{number + 1}_0.distcp", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+            descriptor = os.open(f"__{number + 1}_0.distcp", os.O_CREAT | os.O_WRONLY, dir_fd=here)
+            os.write(descriptor, b"x")
+            os.close(descriptor)
     finally:
         os.close(here)
     code, document = check(tmp_path)

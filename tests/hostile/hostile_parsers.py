@@ -828,7 +828,9 @@ HARNESSES = {
         Harness("names", _names, _names_seeds, (b".e1.a9.incomplete", b".retired", b"step-", b"hf-"), most_bytes=2048),
         Harness("requests", _requests, _requests_seeds, (*_IN_JSON, b'"last"', b'"n"', b'"hours"'), most_bytes=4096),
         Harness("their-index", _their_index, _index_seeds, (*_OF_INDEX, *_IN_PICKLES[:40])),
-        Harness("their-metadata", _of_others("step_1/metadata.pkl"), _pickle_seeds, _IN_PICKLES[:40]),
+        Harness(
+            "their-metadata", _of_others("step_1/metadata.pkl", "step_1/model_0.pt"), _pickle_seeds, _IN_PICKLES[:40]
+        ),
         Harness("their-archive", _of_others("last.ckpt"), _archive_seeds, (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6")),
         Harness("their-header", _of_others("model.safetensors", config_DOT_json=b"{}"), _their_header_seeds, _IN_JSON),
         Harness("their-json", _their_json, _their_json_seeds, _IN_JSON),
