@@ -50,8 +50,6 @@ EXAMPLES = """\
 _NEWEST = 20
 #: How often a series is looked at before it is said to change too fast.
 _LOOKS = 20
-#: Of more checkpoints than these the verifications of all are asked for at once.
-_ASKED_ONE_BY_ONE = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +274,7 @@ def judge(
 
 def last_mismatches(journal: Questions, looked: Sequence[CheckpointRecord]) -> dict[int, Sequence[str]]:
     """What the last verification of each found."""
-    if len(looked) > _ASKED_ONE_BY_ONE:
+    if len(looked) > _NEWEST:
         return {id: row.mismatches for id, row in journal.newest_verifications().items()}
     last = {record.id: describe.last_of(journal.verifications(record.id)) for record in looked}
     return {id: row.mismatches for id, row in last.items() if row is not None}

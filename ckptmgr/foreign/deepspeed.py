@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign.contents import Look
 from ckptmgr.foreign.ground import Folder, Kind
-from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, gaps, numbered, step_of
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, gaps, is_newest, judge_missing, numbered, step_of
 from ckptmgr.resume import Level
 
 LAYOUT = "DeepSpeed"
@@ -59,7 +60,11 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
     if not tracked:
         found.faults.add("F011", TRACKER, "it is empty or unreadable" if folder.has(TRACKER) else "it is missing")
     elif not folder.has(tracked, Kind.DIRECTORY):
-        found.faults.add("F011", TRACKER, f"it names {tracked}")
+        match = re.fullmatch(f"global_step{NUMBER}", tracked, re.ASCII)
+        if match and is_newest(int(match[1]), found.checkpoints):
+            found.checkpoints.append(Checkpoint(folder.folder(tracked), int(match[1]), judge_missing))
+        else:
+            found.faults.add("F011", TRACKER, f"it names {tracked}")
     elif (step := step_of(tracked)) is not None:
         found.checkpoints = [
             each

@@ -65,6 +65,17 @@ def _judge_link(look: Look) -> None:
     look.note("F016", why="a link")
 
 
+def is_newest(step: int, known: Iterable[Checkpoint]) -> bool:
+    """Whether *step* is newer than all of *known*, and there are some."""
+    steps = [each.step for each in known if each.step is not None]
+    return bool(steps) and step > max(steps)
+
+
+def judge_missing(look: Look) -> None:
+    """What the library has recorded as its newest checkpoint, once it was complete, and which is gone."""
+    look.note("F002", why="the whole directory, which is recorded as the newest checkpoint")
+
+
 def siblings(folder: Folder, known: list[Checkpoint], claimed: set[str], judge: Callable[[Look], None]) -> None:
     """Add what is called as those in *known* are, but for the number: what a save has only begun, or is unreadable."""
     paths = {each.path for each in known} | claimed

@@ -17,7 +17,7 @@ from ckptmgr.errors import CheckpointError
 from ckptmgr.foreign import dcp
 from ckptmgr.foreign.contents import Look
 from ckptmgr.foreign.ground import Folder, Kind
-from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, numbered, step_of
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, is_newest, judge_missing, numbered, step_of
 from ckptmgr.resume import Level
 
 LAYOUT = "Megatron"
@@ -49,6 +49,8 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
     elif tracked == "release":
         if tracked not in names:
             found.faults.add("F011", TRACKER, "it names release")
+    elif is_newest(int(tracked), found.checkpoints):
+        found.checkpoints.append(Checkpoint(folder.folder(f"iter_{int(tracked):07}"), int(tracked), judge_missing))
     elif int(tracked) not in (each.step for each in names.values()):
         found.faults.add("F011", TRACKER, f"it names iteration {tracked}")
     else:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from ckptmgr.foreign import dcp, huggingface
 from ckptmgr.foreign.contents import Look
 from ckptmgr.foreign.ground import Asked, Folder, Kind
-from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, numbered, step_of, unfinished
+from ckptmgr.foreign.layout import NUMBER, Checkpoint, Found, is_newest, judge_missing, numbered, step_of, unfinished
 from ckptmgr.foreign.report import Faults
 
 LAYOUT = "xtuner"
@@ -46,8 +47,15 @@ def find(folder: Folder, claimed: set[str]) -> list[Found]:
             _experiment(name, experiment, generation, listed=listed, found=found, exports=exports)
     there = {(_experiment_of(each), each.folder.path.rpartition("/")[2]) for each in found.checkpoints}
     there |= {(_experiment_of(each), each.folder.path.rpartition("/")[2]) for each in exports.checkpoints}
+    generations = {name: generation for generation, (name, _) in enumerate(experiments)}
     for experiment_name, name in sorted((listed or set()) - there):
-        found.faults.add("F011", f"{experiment_name}/{name}", "listed in .xtuner, and not there")
+        generation = generations.get(experiment_name, -1)
+        match = re.fullmatch(_CHECKPOINT, name, re.ASCII)
+        if match and is_newest(int(match[1]), (each for each in found.checkpoints if each.generation == generation)):
+            place = experiments[generation][1].folder("checkpoints").folder(name)
+            found.checkpoints.append(Checkpoint(place, int(match[1]), judge_missing, generation=generation))
+        else:
+            found.faults.add("F011", f"{experiment_name}/{name}", "listed in .xtuner, and not there")
     return [each for each in (found, exports) if each.checkpoints or (each is found and metas)]
 
 

@@ -89,10 +89,19 @@ def test_xtuner_lists_what_is_not_there(theirs: Theirs) -> None:
     shutil.rmtree(directory / "20260801120000/checkpoints/ckpt-step-10")
     report = report_of(directory)
 
-    assert found(report) == [("F011", "warning", ("20260801120000/ckpt-step-10",))]
-    assert report.verdict is Verdict.SAFE
+    assert found(report) == [("F002", "error", ())]
+    assert report.verdict is Verdict.OLDER
     assert report.chosen is not None
     assert report.chosen.step == 5
+
+
+def test_xtuner_lists_an_older_one_that_is_not_there(theirs: Theirs) -> None:
+    directory = theirs("xtuner")
+    shutil.rmtree(directory / "20260801120000/checkpoints/ckpt-step-5")
+    report = report_of(directory)
+
+    assert found(report) == [("F011", "warning", ("20260801120000/ckpt-step-5",))]
+    assert report.verdict is Verdict.SAFE
 
 
 def test_xtuner_does_not_list_what_is_there(theirs: Theirs) -> None:
@@ -524,7 +533,7 @@ def test_a_distributed_checkpoint_newer_than_the_tracker_has_an_index_that_says_
 
 
 @pytest.mark.parametrize("layout", TRACKERS)
-@pytest.mark.parametrize("content", ["", "global_step77", "77", "\x00\x00", "../../etc", "x" * 10_000])
+@pytest.mark.parametrize("content", ["", "global_step1", "1", "\x00\x00", "../../etc", "x" * 10_000])
 def test_a_tracker_that_names_nothing_is_said(content: str, layout: str, theirs: Theirs) -> None:
     directory = theirs(layout)
     (directory / TRACKERS[layout][0]).write_text(content)
@@ -532,6 +541,19 @@ def test_a_tracker_that_names_nothing_is_said(content: str, layout: str, theirs:
 
     assert [(id, level) for id, level, _ in found(report)] == [("F011", "warning")]
     assert report.chosen is newest(report)
+
+
+@pytest.mark.parametrize(("layout", "content"), [("deepspeed", "global_step77"), ("megatron_ranks", "77")])
+def test_the_newest_by_the_tracker_is_gone(layout: str, content: str, theirs: Theirs) -> None:
+    """The library would try to load that one; what is there is older."""
+    directory = theirs(layout)
+    there = report_of(directory).chosen
+    (directory / TRACKERS[layout][0]).write_text(content)
+    report = report_of(directory)
+
+    assert [(id, level) for id, level, _ in found(report)] == [("F002", "error")]
+    assert (report.verdict, report.chosen) == (Verdict.OLDER, there)
+    assert [each.step for each in report.layouts[0].candidates][0] == 77
 
 
 @pytest.mark.parametrize("layout", TRACKERS)
