@@ -126,7 +126,9 @@ class Restore:
             error: Exception | None = None
             if self._ranks.rank == 0:
                 try:
-                    decided = self._choose(series, step, strict, verified, allow_older=allow_older)
+                    decided = self._choose(
+                        series, step, strict, verified, allow_older=allow_older, unread=verify_digests is False
+                    )
                 except Exception as problem:  # noqa: BLE001 - told to every rank in the next line
                     error = problem
             self._ranks.all_or_none(error, f"choosing what to resume from {series}")
@@ -154,24 +156,28 @@ class Restore:
         verified: Mapping[int, tuple[str, ...]],
         *,
         allow_older: bool,
+        unread: bool,
     ) -> Choice | None:
         """
         Rank 0 only: which checkpoint to load, from the journal.
 
         *verified* has what differs in those whose bytes were compared, by attempt; of the others the sizes are,
-        newest first, as far as it takes to find a safe one.
+        newest first, as far as it takes to find a safe one. Where the bytes stay *unread*, what their last
+        verification has found counts.
         """
         assert self._journal is not None
         assert self._leader is not None
         report, files = self._judged(
-            series, step, 1, self._leader.directories(series), strict=strict, verified=verified
+            series, step, 1, self._leader.directories(series), strict=strict, verified=verified, unread=unread
         )
         if not report.newest_is_safe or report.chosen != self._leader.newest(series, step):
             # Any answer but the one that is expected: only from a journal of which everything was compared again.
             self._journal.require_intact()
             known = self._journal.live_directories(series)
             for count in resumption.looks(len(known)):
-                report, files = self._judged(series, step, count, known, strict=strict, verified=verified)
+                report, files = self._judged(
+                    series, step, count, known, strict=strict, verified=verified, unread=unread
+                )
                 if report.chosen is not None:
                     break
         record = report.chosen
@@ -198,6 +204,7 @@ class Restore:
         *,
         strict: Sequence[str],
         verified: Mapping[int, tuple[str, ...]],
+        unread: bool,
     ) -> tuple[resumption.ResumeReport, Mapping[int, Sequence[FileEntry]]]:
         """Rank 0 only: what the *newest* few are worth, and their files; *known* are the directories of all live."""
         assert self._journal is not None
@@ -213,6 +220,8 @@ class Restore:
             series=series, step=step, world_size=self._ranks.world_size, per_rank_used=strict, live_epoch=True,
             files=files, besides=besides,
         )  # fmt: skip
+        if unread:
+            report = resumption.recall(report, self._journal.newest_verifications(r.id for r in looked.values()))
         return report, files
 
     def _load_what_is_intact(

@@ -19,7 +19,7 @@ from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
 from ckptmgr.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Questions
+    from ckptmgr.journal import Questions, Verification
     from ckptmgr.recovery import Found
 
 #: Every finding there is: id → what it means. Ids are never reused for something else.
@@ -229,14 +229,14 @@ def asked_of(journal: Questions, series: str, step: int | None, newest: int) -> 
 
 def looks(total: int, first: int = 1) -> Iterator[int]:
     """
-    How many of *total* to look at until one is safe: the *first* newest, then four times as many each time, then all.
+    How many of *total* to look at until one is safe: the *first* newest, then twice as many each time, then all.
 
     Whoever wants to know from which to resume need not read the manifests of thousands that are older.
     """
     count = first
     while count < total:
         yield count
-        count *= 4
+        count *= 2
     yield total
 
 
@@ -483,7 +483,7 @@ def demand(
     return dataclasses.replace(report, unmet=tuple(unmet))
 
 
-def recall(report: ResumeReport, verified: Mapping[int, Sequence[str]]) -> ResumeReport:
+def recall(report: ResumeReport, verified: Mapping[int, Verification]) -> ResumeReport:
     """
     The same report, with what the last comparison of the bytes of a checkpoint found and a look at names and sizes
     cannot see.
@@ -492,12 +492,13 @@ def recall(report: ResumeReport, verified: Mapping[int, Sequence[str]]) -> Resum
 
     Args:
         report: As `check` made it, without comparing bytes.
-        verified: By attempt, the mismatches of its last verification.
+        verified: By attempt, its last verification.
     """
 
     def judged(candidate: Candidate) -> Candidate:
         record = candidate.record
-        unseen = [text for text in verified.get(record.id, ()) if text.partition(":")[0] in _UNSEEN]
+        last = verified.get(record.id)
+        unseen = [text for text in last.mismatches if text.partition(":")[0] in _UNSEEN] if last is not None else []
         if not unseen or candidate.damaged:
             return candidate
         again = f"`ckptmgr verify RUN --step {record.step} --series {record.series}`"

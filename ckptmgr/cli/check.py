@@ -263,21 +263,13 @@ def judge(
                 besides=besides,
             )
             if deep_for is None:
-                report = resume.recall(report, last_mismatches(journal, looked))
+                report = resume.recall(report, journal.newest_verifications(record.id for record in looked))
             if report.chosen is not None:
                 break
         # A manager that commits and retires meanwhile would make a checkpoint look lost that it has let go.
         if resume.asked_of(journal, series, step, newest) == records:
             return report
     raise JournalError(f"series {series!r} changes faster than it can be looked at", hint="try again")
-
-
-def last_mismatches(journal: Questions, looked: Sequence[CheckpointRecord]) -> dict[int, Sequence[str]]:
-    """What the last verification of each found."""
-    if len(looked) > _NEWEST:
-        return {id: row.mismatches for id, row in journal.newest_verifications().items()}
-    last = {record.id: describe.last_of(journal.verifications(record.id)) for record in looked}
-    return {id: row.mismatches for id, row in last.items() if row is not None}
 
 
 def verify_digests(

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         hidden = sum(journal.count(name) for name in names) - len(shown)
         live = [record for record in shown if record.is_live]
         decisions, origins = describe.decisions(journal, live), journal.origins(record.id for record in live)
-        verified = journal.newest_verifications()
+        verified = journal.newest_verifications(record.id for record in shown)
         live_epoch = target.live_epoch(journal)
         about = target.document(rundir, journal.run_id)
     going = describe.next_to_go(shown, decisions)

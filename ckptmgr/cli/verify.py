@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 f"there is no committed checkpoint of step {args.step}", series=args.series or "", step=args.step
             )
         live = newest_of(live) if args.newest else live
-        trust = journal.newest_verifications()
+        trust = journal.newest_verifications(record.id for record in live)
         stale = [record for record in live if not is_fresh(trust.get(record.id), time.time(), args.older_than)]
         chosen = choose(stale, trust, part=args.subset)
         book = Book(rundir, journal.run_id)

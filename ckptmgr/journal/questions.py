@@ -408,10 +408,14 @@ class Questions:
         rows = self._asked(query, checkpoint_id, sealed=("verification", [checkpoint_id]))
         return [self._verification(row) for row in rows]
 
-    def newest_verifications(self) -> dict[int, Verification]:
-        """Of each checkpoint whose bytes were compared with the journal: the last time."""
-        last = "SELECT max(id) FROM verification WHERE level = 'digest' GROUP BY checkpoint_id"
-        rows = self._asked(f"{_VERIFICATIONS} WHERE id IN ({last})", sealed=("verification", None))
+    def newest_verifications(self, of: Iterable[int]) -> dict[int, Verification]:
+        """Of each of these whose bytes were compared with the journal: the last time."""
+        query = (
+            f"{_VERIFICATIONS} WHERE level = 'digest' AND NOT EXISTS (SELECT 1 FROM verification AS later"  # noqa: S608
+            " WHERE later.checkpoint_id = verification.checkpoint_id AND later.level = 'digest'"
+            " AND later.id > verification.id) AND checkpoint_id IN"
+        )
+        rows = self._asked_of(query, of, sealed="verification")
         return {found.checkpoint_id: found for found in map(self._verification, rows)}
 
     def _asked(self, query: str, *values: Any, sealed: tuple[str, Sequence[int] | None] | None = None) -> list[Facts]:
@@ -423,11 +427,15 @@ class Questions:
                 database.require_intact(connection, self.path, [table], of=of)
         return rows
 
-    def _asked_of(self, query: str, numbers: Iterable[int]) -> list[Facts]:
-        """The rows of a query that ends with IN, for any number of *numbers*."""
+    def _asked_of(self, query: str, numbers: Iterable[int], *, sealed: str | None = None) -> list[Facts]:
+        """The rows of a query that ends with IN, for any *numbers*; the table *sealed* of these is compared, if any."""
         ordered = sorted(numbers)
-        some = [ordered[start : start + _AT_ONCE] for start in range(0, len(ordered), _AT_ONCE)]
-        return [row for few in some for row in self._asked(f"{query} ({', '.join('?' * len(few))})", *few)]
+        found = []
+        for start in range(0, len(ordered), _AT_ONCE):
+            few = ordered[start : start + _AT_ONCE]
+            whole = f"{query} ({', '.join('?' * len(few))})"
+            found += self._asked(whole, *few, sealed=(sealed, few) if sealed is not None else None)
+        return found
 
     def _records(self, query: str, *values: Any) -> list[CheckpointRecord]:
         return [self._record(row) for row in self._asked(query, *values)]

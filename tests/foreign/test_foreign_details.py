@@ -553,7 +553,7 @@ def test_the_newest_by_the_tracker_is_gone(layout: str, content: str, theirs: Th
 
     assert [(id, level) for id, level, _ in found(report)] == [("F002", "error")]
     assert (report.verdict, report.chosen) == (Verdict.OLDER, there)
-    assert [each.step for each in report.layouts[0].candidates][0] == 77
+    assert report.layouts[0].candidates[0].step == 77
 
 
 @pytest.mark.parametrize("layout", TRACKERS)

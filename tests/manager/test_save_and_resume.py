@@ -509,6 +509,26 @@ def test_what_verify_digests_can_be_is_checked(open_manager: Open, value: Any) -
         manager.resume({"t": torch.zeros(2)}, verify_digests=value)
 
 
+def test_what_is_known_to_be_damaged_is_not_loaded_unread(open_manager: Open, run_dir: Path) -> None:
+    """Until its bytes are compared again and are those that were committed."""
+    state = {"t": torch.zeros(1000)}
+    with open_manager() as manager:
+        _save(manager, 1, {"t": torch.full((1000,), 1.0)})
+        _save(manager, 2, {"t": torch.full((1000,), 2.0)})
+        (file,) = (run_dir / "checkpoint" / "step-2").glob("*.distcp")
+        good = file.read_bytes()
+        file.write_bytes(good[:1500] + bytes([good[1500] ^ 1]) + good[1501:])
+        with pytest.raises(UnsafeResume, match="R005"):
+            manager.resume(state)
+        with pytest.raises(UnsafeResume, match=r"R005 .* as its last verification found"):
+            manager.resume(state, verify_digests=False)
+        older = manager.resume(state, verify_digests=False, allow_older=True)
+        assert (older and older.step, state["t"][0]) == (1, 1.0)
+        file.write_bytes(good)
+        assert (manager.resume(state) or older).step == 2
+        assert (manager.resume(state, verify_digests=False) or older).step == 2
+
+
 def test_a_checkpoint_cannot_run_code_when_it_is_loaded(open_manager: Open, run_dir: Path) -> None:
     import pickle
 
@@ -523,11 +543,12 @@ def test_a_checkpoint_cannot_run_code_when_it_is_loaded(open_manager: Open, run_
             good = file.read_bytes()
             evil = pickle.dumps(Evil())
             file.write_bytes(evil + b"\0" * (len(good) - len(evil)))
-            with pytest.raises(UnsafeResume, match=name):
-                manager.resume({"value": 0, "own": PerRank(0)})
             with pytest.raises(CorruptCheckpoint):
                 manager.resume({"value": 0, "own": PerRank(0)}, verify_digests=False)
+            with pytest.raises(UnsafeResume, match=name):
+                manager.resume({"value": 0, "own": PerRank(0)})
             file.write_bytes(good)
+            manager.resume({"value": 0, "own": PerRank(0)})
     assert not (run_dir / "owned").exists()
 
 

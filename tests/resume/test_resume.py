@@ -164,9 +164,9 @@ def test_the_newest_are_looked_at_first_and_all_in_the_end(count, first):
     *some, all_ = looks(count, first)
 
     assert all_ == count
-    assert some == [first * 4**n for n in range(len(some))]
+    assert some == [first * 2**n for n in range(len(some))]
     assert all(look < count for look in some)
-    assert not some or 4 * some[-1] >= count
+    assert not some or 2 * some[-1] >= count
 
 
 def test_newest_is_by_commit_order_not_by_step():
