@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,15 +53,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Print what would be taken in, or take it in."""
     rundir = target.locate(args)
     place = _place(args.source, rundir)
-    if not args.apply:
-        sources, left = _planned(args, out, rundir, place, _saved(rundir))
-        return _say(out, rundir, None, place, sources=sources, left=left, applied=False)
+    if not args.apply or not os.path.lexists(rundir.journal_path):
+        # No run is begun for what cannot be taken in.
+        sources, left = _planned(args, out, rundir, place, _saved(rundir), deep=args.deep and not args.apply)
+        if not (args.apply and sources):
+            return _say(out, rundir, None, place, sources=sources, left=left, applied=args.apply)
     with target.changing(rundir, COMMAND, create=True) as journal:
         from ckptmgr import adoption, recovery
 
         with target.epoch(journal, COMMAND) as who:
             recovery.recover(journal, rundir, **who)
-            sources, left = _planned(args, out, rundir, place, _live(journal))
+            sources, left = _planned(args, out, rundir, place, _live(journal), deep=args.deep)
             progress = Progress(out, sum(source.bytes for source in sources))
             if args.copy:
                 _require_room(rundir, sources)
@@ -115,6 +118,8 @@ def _planned(
     rundir: RunDirectory,
     place: Path,
     saved: dict[str, list[CheckpointRecord]],
+    *,
+    deep: bool,
 ) -> tuple[list[Source], list[Left]]:
     """
     Raises:
@@ -136,7 +141,7 @@ def _planned(
         read += count
         out.progress(lambda: f"comparing checksums: {size(read)}")
 
-    report = foreign.judge(place, foreign.Asked(deep=args.deep, progress=progress))
+    report = foreign.judge(place, foreign.Asked(deep=deep, progress=progress))
     out.progress(None)
     if report is None:
         raise JournalNotFound(
