@@ -362,7 +362,7 @@ def test_a_manager_does_what_its_model_does(forks: ForkServer, tmp_path: Path):
     run_state_machine_as_test(
         Managing,
         settings=settings(
-            max_examples=200 if FULL else 6,
+            max_examples=200 if FULL else 4,
             stateful_step_count=30 if FULL else 18,
             derandomize=not FULL,
             deadline=None,
