@@ -149,7 +149,8 @@ def test_files_of_many_ranks_are_read_with_few_of_them_open(rank, tmp_path, monk
     most, real = [0], loading.in_parallel
 
     def in_parallel(tasks: Any) -> None:
-        most.append(sum(_leads_to(link).endswith(".distcp") for link in Path("/proc/self/fd").iterdir()))
+        leads_to = [Path(_leads_to(link)) for link in Path("/proc/self/fd").iterdir()]
+        most.append(sum(path.parent == tmp_path and path.suffix == ".distcp" for path in leads_to))
         real(tasks)
 
     monkeypatch.setattr(loading, "in_parallel", in_parallel)
