@@ -11,7 +11,7 @@ PIP_TO := python -m pip --disable-pip-version-check install --constraint constra
 PIP := $(BIN)/$(PIP_TO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture mutants soak fuzz bench bench-quick lint docs check clean
+.PHONY: help demo test test-slow torture mutants soak fuzz bench bench-quick lint docs check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 14
@@ -19,8 +19,11 @@ help: ## list these targets
 demo: $(VENV)/installed ## kill a training job in the middle of a save and see that nothing is lost (about 2 min)
 	$(BIN)/python tools/demo/demo.py $(DEMO)
 
-test: $(VENV)/installed ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+test: $(VENV)/installed ## run the tests (about 13 min on two cores)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow' $(TESTS)
+
+test-slow: $(VENV)/installed ## those that take long: demo, torture and soak in small, examples of the docs (about 5 min)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
 torture: $(VENV)/installed ## every fault at every place of a run, and one table (needs gcc; at most 30 min; TORTURE='--seed 2 --budget 600')
 	$(BIN)/python tools/torture $(TORTURE)

@@ -383,6 +383,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_call_the_same_command_goes_on(theirs: Theirs, tmp_path: Path, ckptmgr: Command) -> None:
     directory = theirs("torchtitan")
     before = everything(directory)
