@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where ckptmgr and what it is compared with are installed together, for `make bench` alone.
 BENCH := .venv-bench
-# Processes that run the tests; 0 runs them in pytest's own.
-WORKERS ?= 2
+# Processes that run the tests, more than two cores have to do, since many wait; 0 runs them in pytest's own.
+WORKERS ?= 3
 PIP_TO := python -m pip --disable-pip-version-check install --constraint constraints.txt
 PIP := $(BIN)/$(PIP_TO)
 
