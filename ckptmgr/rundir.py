@@ -18,7 +18,6 @@ import logging
 import operator
 import os
 import re
-import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -199,6 +198,8 @@ class RunDirectory:
                 reason=str(error),
             ) from error
         self._lock = lock
+        import socket  # slow to import, and who only reads has no lock
+
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
         try:
             with self._refused_is_unsupported("write into"), _taken_is_unsafe(self.lock_path):

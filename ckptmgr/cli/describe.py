@@ -12,7 +12,6 @@ from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Painted, age, timestamp
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, TransitionRecord
 from ckptmgr.resume import Level, Verdict
-from ckptmgr.retention import NEWEST, newer_that_end_it
 
 if TYPE_CHECKING:
     from ckptmgr.journal import Questions, Verification
@@ -58,6 +57,8 @@ def decisions(journal: Questions, records: Iterable[CheckpointRecord]) -> Decisi
 
     A commit by recovery, or one that was adopted or rebuilt, has asked no keep rule.
     """
+    from ckptmgr.retention import NEWEST  # slow to import, and seldom needed
+
     found = {
         id: (verdict, tuple(reason for reason in reasons if reason != NEWEST))
         for id, (verdict, reasons) in journal.decisions(record.id for record in records if record.is_live).items()
@@ -84,6 +85,8 @@ def next_to_go(records: Iterable[CheckpointRecord], decisions: Decisions) -> lis
 
     Only where that is certain: what is kept for its metric or its age as well may stay.
     """
+    from ckptmgr.retention import newer_that_end_it
+
     newer: collections.Counter[str] = collections.Counter()
     going = []
     live = (record for record in records if record.is_live)

@@ -18,13 +18,15 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import subprocess
 
 #: RUN as a word of its own; in a path it is somebody's directory.
 _RUN = re.compile(r"(?<= )RUN(?=[ `]|$)")
@@ -239,6 +241,8 @@ def _pager() -> list[str]:
 
 
 def _started(words: Sequence[str]) -> subprocess.Popen[str] | None:
+    import subprocess  # slow to import, and seldom needed
+
     environment = {"LESS": "RX", **os.environ}  # colours as they are, and the text stays when it is left
     try:
         return subprocess.Popen(words, stdin=subprocess.PIPE, text=True, errors="backslashreplace", env=environment)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +163,10 @@ def epoch(journal: Journal, command: str, *, after: int = 0) -> Iterator[dict[st
     Gives the keyword arguments that name it: ``epoch``, ``host``, ``pid``. An epoch that a crash
     cut short stays open in the journal, as a training run's would.
     """
-    import importlib.metadata  # slow to import, and most commands change nothing
+    # Slow to import, and most commands change nothing.
+    import importlib.metadata
+    import platform
+    import socket
 
     who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     versions = {"ckptmgr": importlib.metadata.version("ckptmgr"), "python": platform.python_version()}
