@@ -78,7 +78,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.note(f"the next commit of each series lets go of {which}{more}")
     if hidden:
         because = "retired or failed before the newest commit"
-        if args.limit is not None or (len(shown) >= _MOST and not args.all):
+        if not args.all and any(sum(record.series == name for record in shown) == _MOST for name in names):
+            because = f"older, or {because}"
+        if args.limit is not None:
             out.note(f"{hidden} older: a larger --limit shows them")
         else:
             out.note(f"{hidden} {because}: --all shows them")

@@ -18,7 +18,7 @@ from ckptmgr.foreign.contents import Fault, Look, at, refuse_zeros
 from ckptmgr.manifest import is_plain_relative
 
 MANIFEST = "manifest.ocdbt"
-_MANIFEST_MAGIC = 0x0CDB3A2A
+MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
 #: Of all descriptions of one database together, decompressed: some seconds.
 MAX_BYTES = 8 << 20
@@ -97,7 +97,7 @@ def judge(look: Look) -> set[str]:
         with look.folder.opened(MANIFEST) as descriptor:
             size = os.fstat(descriptor).st_size
             refuse_zeros(descriptor, size)
-            waiting = {*_roots(_described(descriptor, 0, size, _MANIFEST_MAGIC, left))}
+            waiting = {*_roots(_described(descriptor, 0, size, MANIFEST_MAGIC, left))}
     except Fault as fault:
         look.note(fault.id, MANIFEST, fault.why)
         return set()

@@ -33,7 +33,6 @@ _STEP = re.compile(rf"(?:[A-Za-z]\w*_)?{NUMBER}", re.ASCII)
 _TMP = ".orbax-checkpoint-tmp"
 _TEMPORARY = rf".+{re.escape(_TMP)}.*"
 _MOST_CHUNKS = 100_000
-_MAGIC = 0x0CDB3A2A
 _MEANS = (
     "it says when it was committed, its items and their descriptions are there, and data files have the bytes that "
     "their manifest needs"
@@ -241,7 +240,7 @@ def _manifest(look: Look) -> None:
             refuse_zeros(descriptor, size)
             magic, length = struct.unpack(">I8s", at(descriptor, 0, 12))
             (length,) = struct.unpack("<Q", length)
-            if magic != _MAGIC:
+            if magic != ocdbt.MANIFEST_MAGIC:
                 raise Fault("F006", "no manifest of OCDBT")
             if length != size:
                 raise Fault("F003", f"{size} bytes, {length} by its header")

@@ -146,12 +146,24 @@ def test_a_long_list_is_cut_unless_it_is_asked_for(run: Run, ckptmgr: Call, monk
     done = ckptmgr("ls", run.directory)
 
     assert [row[1] for row in rows(done.out)] == ["2", "3"]
-    assert "1 older: a larger --limit shows them" in done.err
+    assert "1 older, or retired or failed before the newest commit: --all shows them" in done.err
     for flags in (["--all"], ["--limit", 9]):
         whole = ckptmgr("ls", run.directory, *flags)
         assert ([row[1] for row in rows(whole.out)], whole.err) == (["1", "2", "3"], "")
     document = ckptmgr("ls", run.directory, "--json").json
     assert [row["step"] for row in document["checkpoints"]] == [1, 2, 3]
+
+
+def test_series_that_are_short_each_are_not_cut_together(
+    run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ls, "_MOST", 3)
+    run.save(1, until=S.FAILED)
+    for step in (2, 3):
+        run.save(step)
+        run.save(step, series="hf", layout=Format.HUGGINGFACE)
+
+    assert "\n1 retired or failed before the newest commit: --all" in "\n" + ckptmgr("ls", run.directory).err
 
 
 def test_the_journal_file_names_the_same_run_as_its_directory(run: Run, ckptmgr: Call) -> None:
