@@ -105,6 +105,13 @@ class Look:
             return self.below(name)
         return None
 
+    def folder_of(self, path: str) -> Look | None:
+        """The directory that holds the file *path*, which is relative to this one; it must be there."""
+        look: Look | None = self
+        for part in path.split("/")[:-1]:
+            look = look.directory(part) if look is not None else None
+        return look
+
     def archive(self, name: str) -> None:
         """A file of ``torch.save``, or a pickle."""
         self._read(name, _archive)

@@ -76,19 +76,14 @@ def _manifest(look: Look) -> Manifest | None:
 
 
 def _file(look: Look, path: str, expected: FileEntry) -> None:
-    *parents, name = path.split("/")
-    for part in parents:
-        below = look.directory(part)
-        if below is None:
-            return
-        look = below
-    entry = look.file(name, empty=not expected.size)
-    if entry is None:
+    name = path.rpartition("/")[2]
+    below = look.folder_of(path)
+    if below is None or (entry := below.file(name, empty=not expected.size)) is None:
         return
     if entry.size != expected.size:
-        look.note("F003", name, f"{entry.size} bytes, {expected.size} by the manifest")
-    elif look.asked.deep and _digest(look, name) != expected.digest:
-        look.note("F009", name)
+        below.note("F003", name, f"{entry.size} bytes, {expected.size} by the manifest")
+    elif below.asked.deep and _digest(below, name) != expected.digest:
+        below.note("F009", name)
 
 
 def _digest(look: Look, name: str) -> str | None:

@@ -92,16 +92,12 @@ def weights(look: Look) -> None:
 
 
 def _file(look: Look, name: str, pieces: list[indexes.Piece]) -> None:
-    folder, _, last = name.rpartition("/")
-    for part in folder.split("/") if folder else ():
-        below = look.directory(part)
-        if below is None:
-            return
-        look = below
-    if look.file(last) is None:
+    last = name.rpartition("/")[2]
+    below = look.folder_of(name)
+    if below is None or below.file(last) is None:
         return
     try:
-        with look.folder.opened(last) as descriptor:
+        with below.folder.opened(last) as descriptor:
             size = os.fstat(descriptor).st_size
             needed = max(piece.offset + piece.length for piece in pieces)
             if size < needed:
@@ -109,15 +105,15 @@ def _file(look: Look, name: str, pieces: list[indexes.Piece]) -> None:
             if sum(piece.length for piece in pieces) > size:
                 raise Fault("F006", "the index has pieces that overlap")
             refuse_zeros(descriptor, size)
-            archives = _pieces(look, descriptor, [piece for piece in pieces if piece.plain and piece.length])
+            archives = _pieces(below, descriptor, [piece for piece in pieces if piece.plain and piece.length])
             header = not archives and size > 8 and at(descriptor, 8, 1) == b"{"
     except Fault as fault:
-        look.note(fault.id, last, fault.why)
+        below.note(fault.id, last, fault.why)
     except OSError as error:
-        look.note("F006", last, str(error.strerror))
+        below.note("F006", last, str(error.strerror))
     else:
         if header:
-            look.tensors(last)
+            below.tensors(last)
 
 
 def _pieces(look: Look, descriptor: int, pieces: list[indexes.Piece]) -> bool:

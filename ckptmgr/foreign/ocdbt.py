@@ -216,19 +216,14 @@ def _place(files: list[tuple[str, str]], which: int, offset: int, length: int) -
 
 
 def _file(look: Look, path: str, end: int) -> None:
-    *parents, name = path.split("/")
-    for part in parents:
-        below = look.directory(part)
-        if below is None:
-            return
-        look = below
-    entry = look.file(name)
-    if entry is None:
+    name = path.rpartition("/")[2]
+    below = look.folder_of(path)
+    if below is None or (entry := below.file(name)) is None:
         return
     if entry.size < end:
-        look.note("F003", name, f"{entry.size} bytes, {end} by the manifest")
+        below.note("F003", name, f"{entry.size} bytes, {end} by the manifest")
     else:
-        look.bytes(name)
+        below.bytes(name)
 
 
 @functools.cache
