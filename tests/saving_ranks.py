@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rank_processes import Here
@@ -12,6 +14,7 @@ from rank_processes import Here
 from ckptmgr import DCP, CheckpointManager, HuggingFace, SaveFailed, Series, Timeouts, WriterOptions
 from ckptmgr.journal import Journal
 from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
+from ckptmgr.writers.process import WriterProcess
 
 
 def timeouts(**changes: float) -> Timeouts:
@@ -49,6 +52,23 @@ def poll_until_failure(here: Here, manager: CheckpointManager, limit_s: float = 
         assert time.monotonic() < deadline, f"rank {here.rank} never heard of the failed save"
         time.sleep(0.01 + 0.004 * here.rank)
     raise AssertionError
+
+
+def waits_for_its_writer() -> threading.Event:
+    """
+    Is set once this rank has been told to write and is giving its writer process something to do.
+
+    Asked for when the writer is idle, before the save. A rank that is stopped earlier only begins late.
+    """
+    waits = threading.Event()
+    real = WriterProcess._within
+
+    def within(writer: WriterProcess, timeout_s: float) -> AbstractContextManager[None]:
+        waits.set()
+        return real(writer, timeout_s)
+
+    WriterProcess._within = within
+    return waits
 
 
 def hear_alike(here: Here, manager: CheckpointManager) -> SaveFailed:

@@ -12,8 +12,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
@@ -75,10 +76,11 @@ class WriterProcess:
         assert self._pipe is not None
         assert self._process is not None
         try:
-            self._pipe.send(ArenaJob(arena.number, arena.size))
-            reduction.send_handle(self._pipe, arena.descriptor, self._process.pid)
+            with self._within(timeout_s):
+                self._pipe.send(ArenaJob(arena.number, arena.size))
+                reduction.send_handle(self._pipe, arena.descriptor, self._process.pid)
         except OSError as error:
-            return self._give_up(f"the writer process is gone: {error}")
+            return self._give_up(f"the writer process died ({_how(self._process, error)})")
         answer = self._receive(deadline - time.monotonic())
         if answer.cause is None:
             self._mapped[arena.number] = arena.generation
@@ -99,9 +101,12 @@ class WriterProcess:
             return Answer(cause="the writer process is not running")
         began = time.monotonic()
         try:
-            self._pipe.send(job)
+            with self._within(timeout_s):
+                self._pipe.send(job)
+        except TimeoutError:
+            return Answer(cause=self._give_up(f"the writer process did not take its job within {timeout_s:g} s"))
         except OSError as error:
-            return Answer(cause=self._give_up(f"the writer process is gone: {error}"))
+            return Answer(cause=self._give_up(f"the writer process died ({_how(self._process, error)})"))
         meanwhile()
         return self._receive(timeout_s, began)
 
@@ -110,7 +115,8 @@ class WriterProcess:
         if self._pipe is not None:
             with contextlib.suppress(OSError):
                 if timeout_s > 0:
-                    self._pipe.send(None)
+                    with self._within(timeout_s):
+                        self._pipe.send(None)
             if timeout_s > 0 and self._process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout_s)
@@ -135,15 +141,47 @@ class WriterProcess:
         assert self._pipe is not None
         deadline = (time.monotonic() if began is None else began) + timeout_s
         try:
-            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                return Answer(
-                    cause=self._give_up(f"the writer process did not answer within {max(0.0, timeout_s):g} s")
-                )
-            answer = self._pipe.recv()
+            with self._within(deadline - time.monotonic()):
+                answer = self._pipe.recv()
+        except TimeoutError:
+            return Answer(cause=self._give_up(f"the writer process did not answer within {max(0.0, timeout_s):g} s"))
         except (EOFError, OSError) as error:
             return Answer(cause=self._give_up(f"the writer process died ({_how(self._process, error)})"))
         assert isinstance(answer, Answer)
         return answer
+
+    @contextlib.contextmanager
+    def _within(self, timeout_s: float) -> Iterator[None]:
+        """
+        Break the pipe once the time is over.
+
+        A process that stops with half a message taken or sent would otherwise be waited for without an end: the
+        buffer between the two holds about 200 kB, and the job of a large state is longer.
+
+        Raises:
+            TimeoutError: It was over.
+        """
+        assert self._pipe is not None
+        descriptor, late = self._pipe.fileno(), threading.Event()
+
+        def expire() -> None:
+            late.set()
+            with socket.socket(fileno=os.dup(descriptor)) as pipe:
+                pipe.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(max(0.001, timeout_s), expire)
+        watch.name, watch.daemon = "ckptmgr-writer-watch", True
+        watch.start()
+        try:
+            yield
+        except (EOFError, OSError):
+            if not late.is_set():
+                raise
+        finally:
+            watch.cancel()
+            watch.join()
+        if late.is_set():
+            raise TimeoutError
 
     def _give_up(self, cause: str) -> str:
         self.stop(0)

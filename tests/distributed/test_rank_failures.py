@@ -20,7 +20,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_processes import Here, on_ranks, run_on_ranks, start_ranks
-from saving_ranks import assert_failed, hear_alike, journal_records, manager_on, poll_until_failure, rows, timeouts
+from saving_ranks import (
+    assert_failed,
+    hear_alike,
+    journal_records,
+    manager_on,
+    poll_until_failure,
+    rows,
+    timeouts,
+    waits_for_its_writer,
+)
 
 from ckptmgr import DCP, CheckpointManager, CheckpointState, HuggingFace, PerRank, SaveFailed, Series, durable
 from ckptmgr.errors import InvalidArgument, RanksDisagree, RunLocked, SetupFailed
@@ -77,9 +86,10 @@ def _commits(here: Here, manager: CheckpointManager, step: int) -> None:
 
 def _kill_while_it_writes(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
+    waits = waits_for_its_writer()
     yield
     # A writer that dies idle is replaced without a word; this one must have its job.
-    time.sleep(0.5)
+    assert waits.wait(20)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -233,10 +243,10 @@ def _one_trainer_stops(here: Here, victim: int) -> list[Any]:
         if here.rank == victim:
             # Its writer stops first, so that the trainer cannot have reported when it stops too.
             os.kill(manager.writer_pid, signal.SIGSTOP)
+        waits = waits_for_its_writer()
         manager.save(2, _state(here))
         if here.rank == victim:
-            # Rank 0's word to write must have been taken before the trainer stops, or the save only begins late.
-            time.sleep(1.0)
+            assert waits.wait(20)
             here.tell("victim", [os.getpid(), manager.writer_pid])
         count, failure = poll_until_failure(here, manager)
         here.meet()
@@ -278,8 +288,10 @@ def _long_report_and_one_stops(here: Here) -> list[Any]:
         if here.rank == 1:
             assert manager.writer_pid is not None
             os.kill(manager.writer_pid, signal.SIGSTOP)
+        waits = waits_for_its_writer()
         manager.save(2, state)
         if here.rank == 1:
+            assert waits.wait(20)
             here.tell("victim", [os.getpid(), manager.writer_pid])
         _, failure = poll_until_failure(here, manager)
         here.meet()
@@ -349,8 +361,10 @@ def _leader_stops(here: Here, waiting_for: int) -> list[Any]:
         assert manager.writer_pid is not None
         if here.rank == waiting_for:
             os.kill(manager.writer_pid, signal.SIGSTOP)
+        waits = waits_for_its_writer()
         pending = manager.save(2, _state(here))
         assert pending is not None
+        assert waits.wait(20)
         here.tell(f"pids-{here.rank}", [os.getpid(), manager.writer_pid])
         outcome = "COMMITTED"
         try:
@@ -366,7 +380,7 @@ def _leader_stops(here: Here, waiting_for: int) -> list[Any]:
 def test_when_rank_0_stops_the_ranks_still_agree_on_what_became_of_the_save(tmp_path: Path, waiting_for: int) -> None:
     with start_ranks(2, _leader_stops, tmp_path, waiting_for=waiting_for) as world:
         pids = [world.here.ask(f"pids-{rank}") for rank in (0, 1)]
-        time.sleep(0.5)  # rank 0 has told the others to write, and waits for its own writer or for rank 1's report
+        time.sleep(0.5)  # rank 0 waits for its own writer, or has heard from it and waits for rank 1's report
         world.signal(0, signal.SIGSTOP)
         os.kill(pids[waiting_for][1], signal.SIGCONT)
         time.sleep(5.0)
@@ -383,8 +397,9 @@ def _one_trainer_dies(here: Here, victim: int) -> list[Any]:
         assert manager.writer_pid is not None
         if here.rank == victim:
             os.kill(manager.writer_pid, signal.SIGSTOP)
+        waits = waits_for_its_writer()
         manager.save(2, _state(here))
-        time.sleep(0.5)
+        assert waits.wait(20)
         here.meet()
         if here.rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -254,6 +254,34 @@ def test_a_stopped_writer_is_killed_too(process):
     assert_gone(pid)
 
 
+def test_a_stopped_writer_that_does_not_take_a_long_job_is_killed_too(process, tmp_path):
+    """The buffer between trainer and writer holds less than the job of a large state."""
+    assert process.start(30) is None
+    pid = process.pid
+    os.kill(pid, signal.SIGSTOP)
+    answer = process.do(job(tmp_path, FileJob("long", 1 << 20, own=True, data=bytes(1 << 20))), 0.3)
+
+    assert "did not take its job within 0.3 s" in answer.cause
+    assert_gone(pid)
+    assert process.start(30) is None
+    assert process.do(DigestJob(str(tmp_path), (), 0), 30).cause is None
+
+
+def test_a_writer_that_stops_within_its_answer_is_killed_too(process, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    assert process.start(30) is None
+    pid = process.pid
+
+    def stop_it_halfway() -> None:
+        assert process._pipe.poll(20)
+        os.kill(pid, signal.SIGSTOP)
+
+    answer = process.do(DigestJob(str(tmp_path), ("file",) * 10_000, 0), 3, meanwhile=stop_it_halfway)
+
+    assert "did not answer within 3 s" in answer.cause
+    assert_gone(pid)
+
+
 def test_killing_from_another_thread_ends_the_wait(process, tmp_path):
     import threading
 
