@@ -10,6 +10,7 @@ seconds, directories relative to the run directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ckptmgr.errors import (
     StaleWriter,
     StepAlreadySaved,
 )
-from ckptmgr.journal import database, declared, schema, upgrade, writing
+from ckptmgr.journal import database, declared, schema, seal, upgrade, writing
 from ckptmgr.journal.questions import Questions, not_found
 from ckptmgr.journal.schema import checkpoint, epoch, file, pin, retirement_decision, run, transition, verification
 from ckptmgr.lifecycle import (
@@ -85,7 +86,19 @@ class Journal(Questions):
         path = database.plain_path(path)
         if database.look_through(path, "rw", every_page=True) != declared.REVISION:
             upgrade.upgrade(path, create=True, file_mode=file_mode)
-        return cls._opened(writing.WritableDatabase(path))
+        journal = cls._opened(writing.WritableDatabase(path))
+        journal._draw_outline()
+        return journal
+
+    def _draw_outline(self) -> None:
+        """Have an outline for readers where there is no right one: the journal may be of a version that made none."""
+        # Without it they compare everything, so a full disk may keep us from it.
+        with contextlib.suppress(JournalError):
+            with self._database.reading() as connection:
+                if seal.broken(connection, seal.OUTLINE) is None:
+                    return
+            with self._database.writing() as connection:
+                seal.draw(writing.driver(connection))
 
     # The run and its epochs
 

@@ -99,7 +99,8 @@ def test_another_value_in_any_column_is_found(full, where):
     table, _, column = where.partition(".")
     with without_rules(full) as raw:
         key = "rowid" if table not in ("file", "pin", "seal") else column
-        row = f"{key} = (SELECT max({key}) FROM {table})"
+        among = f" WHERE name <> '{seal.OUTLINE}'" if table == "seal" else ""  # which decides nothing: see below
+        row = f"{key} = (SELECT max({key}) FROM {table}{among})"
         if where == "file.checkpoint_id":
             row += " AND path = '__0_0.distcp'"
         other = f"CASE WHEN typeof({column}) = 'text' THEN {column} || '~' ELSE coalesce({column}, 0) + 1000 END"
@@ -174,6 +175,81 @@ def test_what_does_not_decide_is_looked_through_only_if_the_whole_is_asked_for(f
         Journal.open_read_only(path).close()
         with pytest.raises(JournalCorrupt, match="verification"):
             Journal.open_read_only(path, whole=True)
+
+
+#: By what questions choose among attempts.
+CHOSEN_BY = {
+    "id": "99", "series": "'hf'", "step": "99", "format": "'hf'", "state": "'FAILED'", "directory": "'x/step-1'",
+    "staging_directory": "'x'", "commit_seq": "99", "retire_started_at": "1.5", "retired_at": "1.5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", CHOSEN_BY)
+def test_a_reader_finds_at_once_what_makes_it_choose_another_attempt(full, column):
+    with without_rules(full) as raw:
+        raw.execute("PRAGMA foreign_keys=OFF")
+        raw.execute(f"UPDATE checkpoint SET {column} = {CHOSEN_BY[column]} WHERE id = 4")
+    with pytest.raises(JournalCorrupt, match="table checkpoint, checkpoint"):
+        Journal.open_read_only(full)
+
+
+def test_what_else_an_attempt_says_a_reader_compares_when_it_reads_it(full):
+    with without_rules(full) as raw:
+        raw.execute("UPDATE checkpoint SET world_size = world_size + 1 WHERE id = 1")
+        raw.execute("UPDATE retirement_decision SET reasons = '[]'")
+    with Journal.open_read_only(full) as journal:
+        assert [record.id for record in journal.newest("checkpoint", 1)] == [4]
+        assert journal.find("checkpoint", 4).world_size == journal.checkpoint(4).world_size
+        for read in (
+            lambda: journal.checkpoint(1),
+            journal.checkpoints,
+            lambda: journal.newest("checkpoint", 2),
+            lambda: journal.present("checkpoint"),
+            journal.standing,
+            lambda: journal.of_step("checkpoint", 1),
+            lambda: journal.find("checkpoint", 1),
+            lambda: journal.traced([1], [], []),
+        ):
+            with pytest.raises(JournalCorrupt, match="table checkpoint, checkpoint 1,"):
+                read()
+        for read in (journal.decisions, lambda: journal.decisions([4]), lambda: journal.decision_on(4)):
+            with pytest.raises(JournalCorrupt, match="table retirement_decision"):
+                read()
+    for opening in (Journal.open, lambda path: Journal.open_read_only(path, whole=True)):
+        with pytest.raises(JournalCorrupt, match="table checkpoint, checkpoint 1,"):
+            opening(full)
+
+
+@pytest.mark.parametrize("change", ["digest = '0' || substr(digest, 2, 30) || 'x'", "rows = rows + 1", "gone"])
+def test_where_the_outline_is_damaged_or_not_there_everything_is_compared(full, change):
+    with without_rules(full) as raw:
+        outline = f"WHERE name = '{seal.OUTLINE}'"
+        raw.execute(f"DELETE FROM seal {outline}" if change == "gone" else f"UPDATE seal SET {change} {outline}")
+        assert raw.execute("SELECT changes()").fetchone() == (1,)
+    everything(full)
+    before = shutil.copyfile(full, full.with_name("before.journal.db"))
+    Journal.open(full).close()
+    for path in (before, full):
+        with without_rules(path) as raw:
+            raw.execute("UPDATE checkpoint SET world_size = world_size + 1 WHERE id = 1")
+
+    # Drawn again by whoever could, and had compared it all.
+    Journal.open_read_only(full).close()
+    with pytest.raises(JournalCorrupt, match="table checkpoint, checkpoint 1,"):
+        Journal.open_read_only(before)
+
+
+def test_a_journal_opens_also_where_its_outline_cannot_be_drawn(full, monkeypatch):
+    with without_rules(full) as raw:
+        raw.execute(f"DELETE FROM seal WHERE name = '{seal.OUTLINE}'")
+
+    def full_disk(_: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(seal, "draw", full_disk)
+    with Journal.open(full) as journal:
+        Steps(journal).commit(20)
+    everything(full)
 
 
 def test_damage_is_not_laundered_by_the_next_change(full):
@@ -267,6 +343,8 @@ def test_the_seal_follows_every_change(full):
             change()
             everything(full)
             assert journal.files(1) == list(FILES)
+            with contextlib.closing(sqlite3.connect(full)) as connection:
+                assert seal.broken(connection, seal.OUTLINE) is None
 
 
 # One that comes while Python calls back about an object that is gone is lost, and pytest says so.
