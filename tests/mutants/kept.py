@@ -1023,4 +1023,35 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
     ),
+    Mutant(
+        "outline-without-retirement",
+        "the outline of the attempts does not say which have been retired",
+        (Edit("journal/seal.py", '        "({row}.retired_at IS NULL)",\n', ""),),
+        (
+            _tests(
+                "journal tests",
+                "journal/test_journal_seal.py::"
+                "test_a_reader_finds_at_once_what_makes_it_choose_another_attempt[retired_at]",
+                sign="DID NOT RAISE",
+            ),
+        ),
+    ),
+    Mutant(
+        "rows-not-compared-when-read",
+        "a reader that has found the outline right compares no whole row",
+        (
+            Edit(
+                "journal/questions.py",
+                '        if self.read_only:\n            database.require_intact(connection, self.path, ["checkpoint"]',
+                '        if False:\n            database.require_intact(connection, self.path, ["checkpoint"]',
+            ),
+        ),
+        (
+            _tests(
+                "journal tests",
+                "journal/test_journal_seal.py::test_what_else_an_attempt_says_a_reader_compares_when_it_reads_it",
+                sign="DID NOT RAISE",
+            ),
+        ),
+    ),
 )

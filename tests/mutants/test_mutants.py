@@ -43,6 +43,7 @@ def test_the_crash_ledger_page_names_every_mutant() -> None:
     ]
 
     assert [row for row in rows if row not in page.splitlines()] == []
+    assert f"{len(MUTANTS)} deliberate defects are kept" in page
 
 
 @pytest.mark.slow
