@@ -118,6 +118,11 @@ def _ran(*words: str | Path) -> None:
         pytest.skip(f"{words[0]} cannot do this here: {(done.stderr or done.stdout).strip()[:200]}")
 
 
+def _unmount(point: Path) -> None:
+    """It is busy for as long as a process that was killed takes to end."""
+    until(lambda: not subprocess.run(["umount", str(point)], check=False, timeout=DEADLINE_S).returncode)
+
+
 class Mounts:
     """Makes mounts below a folder, and takes them away again."""
 
@@ -137,7 +142,7 @@ class Mounts:
         """Mount as mount(8) with these words says; at a new folder unless *at* says where."""
         point = at or self._new("mount")
         _ran("mount", *words, point)
-        self._last.callback(subprocess.run, ["umount", str(point)], check=True, timeout=DEADLINE_S)
+        self._last.callback(_unmount, point)
         return point
 
     def ext4(self, *options: str, megabytes: int = 16) -> Path:
@@ -172,7 +177,7 @@ class Mounts:
         _ran("mount.exfat-fuse", device, point)
         # The program that serves it lets go of the device a moment after it is unmounted.
         self._last.callback(time.sleep, 0.3)
-        self._last.callback(subprocess.run, ["umount", str(point)], check=True, timeout=DEADLINE_S)
+        self._last.callback(_unmount, point)
         return point
 
     def bindfs(self) -> tuple[Path, Path, subprocess.Popen[bytes]]:
@@ -184,9 +189,12 @@ class Mounts:
 
         def end() -> None:
             process.send_signal(signal.SIGCONT)  # or it could not be unmounted
-            until(lambda: not trials_of(point))
-            subprocess.run(["umount", str(point)], check=True, timeout=DEADLINE_S)
-            process.communicate(timeout=DEADLINE_S)
+            try:
+                until(lambda: not trials_of(point))
+                _unmount(point)
+            finally:
+                process.terminate()
+                process.communicate(timeout=DEADLINE_S)
 
         self._last.callback(end)
         until(lambda: os.path.ismount(point) or process.poll() is not None)
