@@ -565,7 +565,10 @@ class Leader:
                     answer = self._do_request(request)
                 except Exception as error:
                     foreseen = isinstance(error, CheckpointError | OSError)
-                    log.warning("refusing to %s %s: %s", request.kind, request.series, error, exc_info=not foreseen)
+                    log.warning(
+                        "refusing what `ckptmgr %s` asks of %s: %s",
+                        request.kind, request.series, error, exc_info=not foreseen,
+                    )  # fmt: skip
                     answer = dataclasses.replace(answer, text=in_words(error))
         # Crash here: a request is done and nobody has said so; who asked looks into the journal.
         requests.give(run, id, answer, self._rundir.permissions)

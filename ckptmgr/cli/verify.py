@@ -222,6 +222,7 @@ def verify(
     progress = Progress(out, sum(record.bytes for record in chosen))
     table = out.table("RESULT", "SERIES", "STEP", "SIZE", "BEFORE", "WHAT", right=("STEP", "SIZE"))
     done = []
+    is_interrupted = False
     try:
         for record in chosen:
 
@@ -237,14 +238,17 @@ def verify(
             if not out.as_json:
                 table.add(rows(one))
     except KeyboardInterrupt:
-        out.progress(None)
-        book.write(within_s=_PATIENCE_S)
-        book.say_what_is_missing()
-        if any(one.recorded for one in done):
-            out.note("what was verified is recorded", "`ckptmgr verify RUN --older-than 1d` goes on with the rest")
-        raise
-    book.write()
-    return done
+        # No more in here: what is left of a question to the journal locks it as long as a traceback holds that.
+        is_interrupted = True
+    if not is_interrupted:
+        book.write()
+        return done
+    out.progress(None)
+    book.write(within_s=_PATIENCE_S)
+    book.say_what_is_missing()
+    if any(one.recorded for one in done):
+        out.note("what was verified is recorded", "`ckptmgr verify RUN --older-than 1d` goes on with the rest")
+    raise KeyboardInterrupt
 
 
 def compare(

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_trainer import Trainer
@@ -17,7 +18,7 @@ from run_on_disk import NO_PROCESS, Call, Run, S, in_child, start
 from ckptmgr import pace, requests
 from ckptmgr.cli import verify
 from ckptmgr.cli.verify import COMMAND, DAMAGED, GONE, INTACT, Compared, compare, parts
-from ckptmgr.journal import Journal, Verification
+from ckptmgr.journal import Journal, Questions, Verification
 from ckptmgr.lifecycle import Format, RetirementMark
 from ckptmgr.rundir import RunDirectory
 
@@ -217,6 +218,29 @@ def test_an_interrupted_run_has_recorded_what_it_verified_and_is_gone_on_with(ru
     assert "Traceback" not in err
     rest = ckptmgr("verify", run.directory, "--older-than", "1d", "--json").json
     assert {one["step"] for one in rest["checkpoints"]} == {0, 1, 2} - {first}
+
+
+def test_a_question_that_ctrl_c_cuts_short_keeps_nothing_from_being_recorded(
+    run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(3):
+        run.save(step)
+    read = []
+
+    def interrupted(journal: Questions, *args: Any) -> Compared:
+        if read:
+            with journal._database.reading() as connection:
+                cursor = connection.execute("SELECT * FROM checkpoint")
+                raise KeyboardInterrupt(cursor.fetchone())
+        read.append(1)
+        return compare(journal, *args)
+
+    monkeypatch.setattr(verify, "compare", interrupted)
+    done = ckptmgr("verify", run.directory)
+
+    assert done.code == 130
+    assert "what was verified is recorded" in done.err
+    assert len(outcomes(run.directory)) == 1
 
 
 def test_beside_who_answers_nobody_it_says_that_nothing_is_recorded_and_why(run: Run, ckptmgr: Call) -> None:
@@ -500,7 +524,7 @@ def test_what_a_busy_manager_does_not_record_while_there_is_more_to_read_it_is_a
         waited_in_vain = []
         record = verify.Book._record
 
-        def noted(*args: object) -> None:
+        def noted(*args: Any) -> None:
             waited_in_vain.append(args[-1])
             record(*args)
             waited_in_vain.pop()
