@@ -366,7 +366,8 @@ class Book:
                 if isinstance(error, RunLocked):  # nobody answers; waiting again for each part would take too long
                     break
             except OSError as error:
-                self.refused, self._hint = f"the manager that has the run cannot be asked: {error}", ""
+                place, why = self._rundir.path / requests.DIRECTORY, error.strerror or error
+                self.refused, self._hint = f"the manager that has the run cannot be asked through {place}: {why}", ""
         self._written_at = time.monotonic()
 
     def say_what_is_missing(self) -> None:

@@ -602,7 +602,7 @@ def test_requests_that_cannot_be_put_there_keep_nothing_from_being_read(tmp_path
         document = ckptmgr("verify", run, "--json").json
 
     assert done.code == 0
-    assert "not all of this is recorded: the manager that has the run cannot be asked: " in done.err
+    assert "not all of this is recorded: the manager that has the run cannot be asked through " in done.err
     assert requests.DIRECTORY in document["not_recorded_because"]
     assert results(document) == {("checkpoint", 1): INTACT}
     assert told(run) == {}
