@@ -38,6 +38,8 @@ AFTER_COMMIT = "ckptmgr-after-commit"
 #: Seconds between two looks for what commands ask for, and after one that failed.
 LOOK_EVERY_S = 2.0
 LOOK_AGAIN_S = 60.0
+#: Steps in one line of the log.
+_NAMED = 20
 
 
 class Concluder(Protocol):
@@ -563,7 +565,10 @@ class Leader:
                     answer = self._do_request(request)
                 except Exception as error:
                     foreseen = isinstance(error, CheckpointError | OSError)
-                    log.warning("refusing to %s %s: %s", request.kind, request.series, error, exc_info=not foreseen)
+                    log.warning(
+                        "refusing what `ckptmgr %s` asks of %s: %s",
+                        request.kind, request.series, error, exc_info=not foreseen,
+                    )  # fmt: skip
                     answer = dataclasses.replace(answer, text=in_words(error))
         # Crash here: a request is done and nobody has said so; who asked looks into the journal.
         requests.give(run, id, answer, self._rundir.permissions)
@@ -578,6 +583,8 @@ class Leader:
             raise InvalidArgument(f"there is no series {request.series!r} in this run")
         if request.rule is not None:
             return self._prune(request, request.rule)
+        if request.kind == requests.VERIFY:
+            return self._record_verified(request)
         assert request.step is not None
         if request.kind == requests.PIN:
             self._journal.pin(request.series, request.step, note=request.note)
@@ -587,6 +594,26 @@ class Leader:
         except CheckpointNotFound:
             return requests.Answer(requests.DONE, "was not pinned")
         return requests.Answer(requests.DONE, "unpinned")
+
+    def _record_verified(self, request: requests.Request) -> requests.Answer:
+        """Record what a command has found in checkpoints of one series: all of it, or nothing."""
+        live = {record.id: record for record in self._live.get(request.series, {}).values()}
+        damaged = []
+        for one in request.verified:
+            record = live.get(one.checkpoint_id) or self._journal.checkpoint(one.checkpoint_id)
+            # What was let go since it was read does no harm.
+            if record.series != request.series or record.state is not CheckpointState.COMMITTED:
+                raise InvalidArgument(f"attempt {record.id} is no checkpoint of series {request.series!r}")
+            if not one.ok:
+                damaged.append(record.step)
+        self._journal.record_verifications(request.verified, level="digest")
+        if damaged:
+            more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+            log.warning(
+                "%s is damaged at step %s, as `ckptmgr verify` of pid %d on %s has found",
+                request.series, ", ".join(map(str, damaged[:_NAMED])) + more, request.pid, request.host,
+            )  # fmt: skip
+        return requests.Answer(requests.DONE, "recorded")
 
     def _prune(self, request: requests.Request, rule: KeepRule) -> requests.Answer:
         """Let go what *rule* does not keep: marked in the journal, forgotten here, and no longer in ``meta.json``."""

@@ -224,3 +224,12 @@ class RetirementMark:
 
     checkpoint_id: int
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """How the files of one checkpoint compared with the journal, and what differs if they are not as committed."""
+
+    checkpoint_id: int
+    ok: bool
+    mismatches: tuple[str, ...] = ()

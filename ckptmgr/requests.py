@@ -31,18 +31,20 @@ from typing import Any
 
 from ckptmgr import durable, reach
 from ckptmgr.errors import CorruptCheckpoint, InvalidArgument
-from ckptmgr.lifecycle import RetirementMark
+from ckptmgr.lifecycle import RetirementMark, Verified
 from ckptmgr.manifest import MAX_NUMBER, is_finite
 from ckptmgr.options import Permissions
 from ckptmgr.retention import KeepAny, KeepBest, KeepEvery, KeepFor, KeepLast, KeepRule, RetentionPlan
 
 DIRECTORY = ".ckptmgr-requests"
-PRUNE, PIN, UNPIN = "prune", "pin", "unpin"
+PRUNE, PIN, UNPIN, VERIFY = "prune", "pin", "unpin", "verify"
 #: Why a prune keeps what no rule keeps, besides what `retention.plan` says itself.
 SAFE, OVERWRITTEN, RESUMED = "newest that is safe", "being overwritten", "resumed from, not superseded yet"
 DONE, REFUSED = "done", "refused"
 #: Of a request or an answer, in bytes: an answer says of each of a hundred thousand checkpoints why it stays.
 MAX_BYTES = 32 << 20
+#: How many checkpoints one VERIFY tells of; how much of each: so many things that differ, of so many characters.
+MOST_VERIFIED, MOST_MISMATCHES, LONGEST_MISMATCH = 1000, 100, 5000
 #: Names that are looked at.
 _MOST = 10_000
 _MOST_RULES = 1000
@@ -66,7 +68,8 @@ class Request:
     What a command asks of the manager of *epoch*. Times are Unix seconds.
 
     *rule* is for PRUNE, and *safe* is what it must not let go: the newest checkpoint that the command has found safe to
-    resume from. *step* and *note* are for PIN and UNPIN. After *deadline* nobody waits for it any more.
+    resume from. *step* and *note* are for PIN and UNPIN. *verified* is what a VERIFY has found, to be
+    recorded. After *deadline* nobody waits for it any more.
     """
 
     kind: str
@@ -80,6 +83,7 @@ class Request:
     safe: int | None = None
     step: int | None = None
     note: str = ""
+    verified: tuple[Verified, ...] = ()
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def is_wanted(self, now: float) -> bool:
@@ -278,6 +282,29 @@ def _rule_of(words: Any) -> KeepRule:
     return KeepAny(tuple(parts))
 
 
+def _verified_of(entries: Any) -> tuple[Verified, ...]:
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MOST_VERIFIED:
+        raise InvalidArgument(f"a request does not say of 1 to {MOST_VERIFIED} checkpoints how they were verified")
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise InvalidArgument("a request does not say of each checkpoint how it was verified")
+        id, ok, texts = _whole(entry, "checkpoint_id"), entry.get("ok"), entry.get("mismatches")
+        if type(ok) is not bool or not isinstance(texts, list) or not all(map(_is_mismatch, texts)):
+            raise InvalidArgument(f"a request does not say of checkpoint {id} how it was verified")
+        if len(texts) > MOST_MISMATCHES or ok == bool(texts):
+            raise InvalidArgument(f"a request says that {len(texts)} things differ in checkpoint {id}, which is {ok=}")
+        found.append(Verified(id, ok, tuple(texts)))
+    ids = {one.checkpoint_id for one in found}
+    if 0 in ids or len(ids) < len(found):
+        raise InvalidArgument("a request names a checkpoint twice, or one that cannot be")
+    return tuple(found)
+
+
+def _is_mismatch(text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= LONGEST_MISMATCH and _is_text(text)
+
+
 def parse_request(data: bytes, id: str) -> Request:
     """
     What the file of request *id* says.
@@ -289,12 +316,17 @@ def parse_request(data: bytes, id: str) -> Request:
     texts = {name: _text(body, name) for name in ("kind", "series", "host", "note")}
     numbers = {name: _whole(body, name) for name in ("epoch", "pid")}
     times = {name: _time(body, name) for name in ("asked_at", "deadline")}
-    if texts["kind"] not in (PRUNE, PIN, UNPIN):
+    facts: dict[str, Any]
+    if texts["kind"] == PRUNE:
+        safe = None if body.get("safe") is None else _whole(body, "safe")
+        facts = {"rule": _rule_of(body.get("rule")), "safe": safe}
+    elif texts["kind"] in (PIN, UNPIN):
+        facts = {"step": _whole(body, "step")}
+    elif texts["kind"] == VERIFY:
+        facts = {"verified": _verified_of(body.get("verified"))}
+    else:
         raise InvalidArgument(f"a request asks for {texts['kind'][:80]!r}, which this version does not know")
-    rule = _rule_of(body.get("rule")) if texts["kind"] == PRUNE else None
-    step = None if texts["kind"] == PRUNE else _whole(body, "step")
-    safe = None if body.get("safe") is None else _whole(body, "safe")
-    return Request(**texts, **numbers, **times, rule=rule, safe=safe, step=step, id=id)  # type: ignore[arg-type]
+    return Request(**texts, **numbers, **times, **facts, id=id)  # type: ignore[arg-type]
 
 
 def parse_answer(data: bytes) -> Answer:

@@ -88,7 +88,7 @@ def carry_out(
                 return here(journal), None
         except RunLocked as error:
             locked = error
-        if not locked.holder.startswith(f"{MANAGER},"):
+        if not can_be_asked(locked):
             raise locked
         answer = _ask(rundir, out, locked, asked, deadline=deadline, timeout_s=timeout_s)
         if answer is not None and answer.outcome == requests.REFUSED:
@@ -102,6 +102,11 @@ def carry_out(
         if time.monotonic() >= deadline:
             raise _silent(locked, timeout_s, taken=False)
         time.sleep(POLL_S)
+
+
+def can_be_asked(locked: RunLocked) -> bool:
+    """Whether who has the run is a manager."""
+    return locked.holder.startswith(f"{MANAGER},")
 
 
 def _ask(
@@ -124,7 +129,7 @@ def _ask(
         try:
             requests.ask(rundir.path, request, rundir.permissions)
             is_asked = True
-            out.note(f"the run is in use by {locked.holder}; asking it")
+            out.note(f"the run is in use by {locked.holder}; asking it", once=True)
             while True:
                 if (answer := _answer(rundir, request)) is not None:
                     return answer

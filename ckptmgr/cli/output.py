@@ -76,6 +76,7 @@ class Output:
         self._held = "" if paged and terminal and not as_json and _pager() else None
         self._progress_shown_at: float | None = None
         self._drawn = 0
+        self._noted: set[str] = set()
 
     def document(self, body: Mapping[str, Any]) -> None:
         """Print one JSON object on one line: strict JSON in ASCII, not-a-number as null, hints ready to be pasted."""
@@ -114,10 +115,11 @@ class Output:
         """A table to add rows to, with the titles of its columns; those in *right* are set to the right."""
         return Table(self, header, right)
 
-    def note(self, text: str, hint: str = "") -> None:
-        """Say something beside the result, on stderr; with ``--json`` the document says it."""
-        if self.as_json:
+    def note(self, text: str, hint: str = "", *, once: bool = False) -> None:
+        """Say something beside the result, on stderr; with ``--json`` the document says it; *once*: not again."""
+        if self.as_json or (once and text in self._noted):
             return
+        self._noted.add(text)
         self._write(sys.stderr, clean(text) + "\n")
         if hint:
             self._write(sys.stderr, f"hint: {clean(self.hint(hint))}\n")

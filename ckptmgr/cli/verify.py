@@ -6,19 +6,28 @@ import argparse
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptmgr.cli import target
+from ckptmgr import requests
+from ckptmgr.cli import asking, target
 from ckptmgr.cli.exit_codes import Exit
 from ckptmgr.cli.output import Output, Painted, Progress, age, duration, size, timestamp
-from ckptmgr.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, InvalidArgument, JournalCorrupt
-from ckptmgr.lifecycle import CheckpointState
+from ckptmgr.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    InvalidArgument,
+    JournalCorrupt,
+    RunLocked,
+)
+from ckptmgr.lifecycle import CheckpointState, Verified
 from ckptmgr.manifest import MANIFEST_NAME
 from ckptmgr.pace import Pace
+from ckptmgr.requests import Answer
 
 if TYPE_CHECKING:
-    from ckptmgr.journal import Questions, Verification
+    from ckptmgr.journal import Journal, Questions, Verification
     from ckptmgr.lifecycle import CheckpointRecord
     from ckptmgr.rundir import RunDirectory
 
@@ -27,8 +36,8 @@ Read every byte of committed checkpoints and compare the digests with what was
 committed: of all of them, those that were verified longest ago first, or of a
 part. When and how it went is recorded in the journal as it goes, and shown by
 `ls` and `show`, so that an interrupted run can be gone on with: with
---older-than, what was found intact since is left out. Beside a running
-training it reads and reports, but the journal is not its to write."""
+--older-than, what was found intact since is left out. The manager of a
+live run is asked to record it; otherwise the run lock is taken for that."""
 EXAMPLES = """\
   ckptmgr verify runs/alpha
   ckptmgr verify runs/alpha --newest
@@ -42,8 +51,10 @@ INTACT, DAMAGED, GONE = "intact", "damaged", "gone"
 _RECORD_EVERY_S = 30.0
 #: How often a checkpoint is read whose rows change meanwhile.
 _LOOKS = 5
-#: What differs in one checkpoint, as far as the journal keeps it.
-_NOTED = 100
+#: How long a manager is waited for while there is more to read, or after Ctrl-C; at the end it is asked again.
+_PATIENCE_S = 5.0
+#: What differs in all that one request tells of, in characters; JSON may take twelve bytes for each.
+_MOST_CHARACTERS = requests.MAX_BYTES // 32
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bytes-per-second", metavar="SIZE", type=target.size, default=0, help="read no faster, such as 200MB"
     )
+    asking.configure(parser)
 
 
 def part(text: str) -> Callable[[int], int]:
@@ -87,6 +99,15 @@ class Compared:
     mismatches: tuple[str, ...] = ()
     recorded: bool = False
 
+    @property
+    def verified(self) -> Verified:
+        """As the journal keeps it, and as a manager can be told."""
+        texts = (
+            text.encode(errors="backslashreplace").decode() for text in self.mismatches[: requests.MOST_MISMATCHES]
+        )
+        cut = tuple(text[: requests.LONGEST_MISMATCH] for text in texts)
+        return Verified(self.record.id, self.result == INTACT, cut)
+
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Verify, report and record."""
@@ -108,7 +129,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         trust = journal.newest_verifications(record.id for record in live)
         stale = [record for record in live if not is_fresh(trust.get(record.id), time.time(), args.older_than)]
         chosen = choose(stale, trust, part=args.subset)
-        book = Book(rundir, journal.run_id)
+        book = Book(rundir, out, args.timeout)
         if chosen and (why := book.try_lock()):
             out.note(f"what is found will not be recorded: {why}", "run it again when the run is not in use")
         compared = verify(journal, rundir, chosen, trust, book=book, pace=Pace(args.max_bytes_per_second), out=out)
@@ -126,6 +147,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 "fresh": len(live) - len(stale),
                 "left_out": len(stale) - len(chosen),
                 "not_recorded_because": book.refused,
+                "by": book.by,
                 "checkpoints": [document(one, rundir) for one in compared],
             }
         )
@@ -133,9 +155,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not chosen:
         out.note("there is nothing to verify" + (f": {len(live)} are verified already" if live else ""))
         return code
-    # A manager may have come or gone since.
-    if any(one.result != GONE and not one.recorded for one in compared):
-        out.note(f"not all of this is recorded: {book.refused}")
+    book.say_what_is_missing()
     if damaged:
         out.line(Painted(f"{len(damaged)} of {len(compared)} checkpoints are damaged", "red"))
         out.note(
@@ -202,6 +222,7 @@ def verify(
     progress = Progress(out, sum(record.bytes for record in chosen))
     table = out.table("RESULT", "SERIES", "STEP", "SIZE", "BEFORE", "WHAT", right=("STEP", "SIZE"))
     done = []
+    is_interrupted = False
     try:
         for record in chosen:
 
@@ -211,19 +232,23 @@ def verify(
 
             one = compare(journal, rundir, record, trust.get(record.id), read)
             done.append(one)
+            out.progress(None)
             if one.result != GONE:
                 book.add(one)
-            out.progress(None)
             if not out.as_json:
                 table.add(rows(one))
     except KeyboardInterrupt:
+        # No more in here: what is left of a question to the journal locks it as long as a traceback holds that.
+        is_interrupted = True
+    if not is_interrupted:
         book.write()
-        out.progress(None)
-        if any(one.recorded for one in done):
-            out.note("what was verified is recorded", "`ckptmgr verify RUN --older-than 1d` goes on with the rest")
-        raise
-    book.write()
-    return done
+        return done
+    out.progress(None)
+    book.write(within_s=_PATIENCE_S)
+    book.say_what_is_missing()
+    if any(one.recorded for one in done):
+        out.note("what was verified is recorded", "`ckptmgr verify RUN --older-than 1d` goes on with the rest")
+    raise KeyboardInterrupt
 
 
 def compare(
@@ -280,66 +305,107 @@ def mismatches(
 
 class Book:
     """
-    Records in the journal what was compared.
+    Has the journal say what was compared.
 
     The run lock is taken for the moment of writing only: verifying takes hours, and a training must be able to
     start meanwhile. No epoch is taken: nothing that an epoch guards is changed, and a manager whose lock does
-    not reach this host must not be fenced off by somebody who only looks.
+    not reach this host must not be fenced off by somebody who only looks. A manager that has the run is asked.
 
     Attributes:
         refused: Why the last attempt to record was refused, in words; None if it was not.
+        by: The manager that recorded some of it last, in words; None if none did.
     """
 
-    def __init__(self, rundir: RunDirectory, run_id: str) -> None:
+    def __init__(self, rundir: RunDirectory, out: Output, timeout_s: float) -> None:
         self._rundir = rundir
-        self._run_id = run_id
+        self._out = out
+        self._timeout_s = timeout_s
         self._waiting: list[Compared] = []
         self._written_at = time.monotonic()
+        self._hint = ""
         self.refused: str | None = None
+        self.by: str | None = None
 
     def try_lock(self) -> str | None:
-        """Why nothing could be recorded now, or None."""
+        """Why nothing could be recorded now, neither here nor by a manager that is asked, or None."""
         try:
             with target.locked(self._rundir, COMMAND):
-                self.refused = None
+                pass
         except CheckpointError as error:
-            self.refused = error.message
+            if not (isinstance(error, RunLocked) and asking.can_be_asked(error)):
+                self.refused = error.message
         return self.refused
 
     def add(self, compared: Compared) -> None:
         """Record it, now or a little later."""
         self._waiting.append(compared)
         if time.monotonic() - self._written_at > _RECORD_EVERY_S:
-            self.write()
+            self.write(within_s=_PATIENCE_S)
 
-    def write(self) -> None:
+    def write(self, *, within_s: float | None = None) -> None:
         """
         Record what waits; what is refused goes on waiting.
+
+        Args:
+            within_s: How long to wait for a manager, if not as long as the command was told to.
 
         Raises:
             JournalCorrupt: The journal is damaged.
         """
-        from ckptmgr.journal import Journal
-
+        # A manager may have come or gone since the last time.
+        if self._waiting:
+            self.refused, self._hint = None, ""
+        timeout_s = self._timeout_s if within_s is None else min(within_s, self._timeout_s)
+        for series, several in parts(self._waiting):
+            try:
+                self._record(series, several, timeout_s)
+            except JournalCorrupt:
+                raise
+            except CheckpointError as error:
+                self.refused, self._hint = error.message, error.hint
+                if isinstance(error, RunLocked):  # nobody answers; waiting again for each part would take too long
+                    break
+            except OSError as error:
+                place, why = self._rundir.path / requests.DIRECTORY, error.strerror or error
+                self.refused, self._hint = f"the manager that has the run cannot be asked through {place}: {why}", ""
         self._written_at = time.monotonic()
-        if not self._waiting:
-            return
-        try:
-            with target.locked(self._rundir, COMMAND), Journal.open(self._rundir.journal_path) as journal:
-                self._rundir.require_pair(self._run_id)
-                while self._waiting:
-                    one = self._waiting[0]
-                    journal.record_verification(
-                        one.record.id, level="digest", ok=one.result == INTACT, mismatches=one.mismatches[:_NOTED]
-                    )
-                    one.recorded = True
-                    self._waiting.pop(0)
-        except JournalCorrupt:
-            raise
-        except CheckpointError as error:
-            self.refused = error.message
-        else:
-            self.refused = None
+
+    def say_what_is_missing(self) -> None:
+        """Say what could not be recorded, and why."""
+        if self._waiting:
+            self._out.note(f"not all of this is recorded: {self.refused}", self._hint)
+
+    def _record(self, series: str, several: Sequence[Compared], timeout_s: float) -> None:
+        verified = tuple(one.verified for one in several)
+
+        def here(journal: Journal) -> Answer:
+            journal.record_verifications(verified, level="digest")
+            return Answer(requests.DONE)
+
+        _, by = asking.carry_out(
+            self._rundir, self._out, command=COMMAND, here=here, timeout_s=timeout_s,
+            kind=requests.VERIFY, series=series, verified=verified,
+        )  # fmt: skip
+        self.by = by or self.by
+        for one in several:
+            one.recorded = True
+        self._waiting = [one for one in self._waiting if not one.recorded]
+
+
+def parts(waiting: Sequence[Compared]) -> Iterator[tuple[str, Sequence[Compared]]]:
+    """What waits, in parts of one series each, none of them too much for one request."""
+    for series in dict.fromkeys(one.record.series for one in waiting):
+        several: list[Compared] = []
+        characters = 0
+        for one in waiting:
+            if one.record.series != series:
+                continue
+            characters += sum(map(len, one.verified.mismatches))
+            if several and (len(several) == requests.MOST_VERIFIED or characters > _MOST_CHARACTERS):
+                yield series, several
+                several, characters = [], sum(map(len, one.verified.mismatches))
+            several.append(one)
+        yield series, several
 
 
 def rows(one: Compared) -> list[list[str | Painted]]:

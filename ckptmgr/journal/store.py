@@ -38,6 +38,7 @@ from ckptmgr.lifecycle import (
     CheckpointState,
     Format,
     RetirementMark,
+    Verified,
 )
 from ckptmgr.manifest import MAX_NUMBER, FileEntry, Manifest, is_plain_relative, is_run_id
 
@@ -535,17 +536,21 @@ class Journal(Questions):
         Raises:
             CheckpointNotFound: There is no such attempt.
         """
+        self.record_verifications([Verified(checkpoint_id, ok, tuple(mismatches))], level=level)
+
+    def record_verifications(self, found: Sequence[Verified], *, level: Literal["size", "digest"]) -> None:
+        """
+        The same for several checkpoints: for all of them or for none. Rank 0 only.
+
+        Raises:
+            CheckpointNotFound: One of them is no attempt.
+        """
+        facts = {"at": time.time(), "level": level}
         with self._database.writing() as connection:
-            self._row(connection, checkpoint_id)
-            connection.execute(
-                insert(verification).values(
-                    checkpoint_id=checkpoint_id,
-                    at=time.time(),
-                    level=level,
-                    ok=int(ok),
-                    mismatches=_json(list(mismatches), "mismatches"),
-                )
-            )
+            for one in found:
+                self._row(connection, one.checkpoint_id)
+                told = {"ok": int(one.ok), "mismatches": _json(list(one.mismatches), "mismatches")}
+                connection.execute(insert(verification).values(checkpoint_id=one.checkpoint_id, **facts, **told))
 
     # Within a transaction
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import shutil
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from run_on_disk import NO_PROCESS, Call, Run, S, start
+from live_trainer import Trainer
+from run_on_disk import NO_PROCESS, Call, Run, S, in_child, start
 
-from ckptmgr import pace
-from ckptmgr.cli.verify import COMMAND, DAMAGED, GONE, INTACT, compare
+from ckptmgr import pace, requests
+from ckptmgr.cli import verify
+from ckptmgr.cli.verify import COMMAND, DAMAGED, GONE, INTACT, Compared, compare, parts
+from ckptmgr.journal import Journal, Questions, Verification
 from ckptmgr.lifecycle import Format, RetirementMark
 from ckptmgr.rundir import RunDirectory
 
 
-def flip(run: Run, path: str) -> None:
+def flip(run: Run | Path, path: str) -> None:
     """Change one byte of a file, which keeps its size."""
-    file = run.directory / path
+    file = (run if isinstance(run, Path) else run.directory) / path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -212,7 +220,30 @@ def test_an_interrupted_run_has_recorded_what_it_verified_and_is_gone_on_with(ru
     assert {one["step"] for one in rest["checkpoints"]} == {0, 1, 2} - {first}
 
 
-def test_beside_a_manager_it_reports_and_says_that_nothing_is_recorded_and_why(run: Run, ckptmgr: Call) -> None:
+def test_a_question_that_ctrl_c_cuts_short_keeps_nothing_from_being_recorded(
+    run: Run, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(3):
+        run.save(step)
+    read = []
+
+    def interrupted(journal: Questions, *args: Any) -> Compared:
+        if read:
+            with journal._database.reading() as connection:
+                cursor = connection.execute("SELECT * FROM checkpoint")
+                raise KeyboardInterrupt(cursor.fetchone())
+        read.append(1)
+        return compare(journal, *args)
+
+    monkeypatch.setattr(verify, "compare", interrupted)
+    done = ckptmgr("verify", run.directory)
+
+    assert done.code == 130
+    assert "what was verified is recorded" in done.err
+    assert len(outcomes(run.directory)) == 1
+
+
+def test_beside_who_answers_nobody_it_says_that_nothing_is_recorded_and_why(run: Run, ckptmgr: Call) -> None:
     record = run.save(500)
     flip(run, "checkpoint/step-500/model.bin")
     run.rundir.acquire("python train.py")
@@ -370,3 +401,227 @@ def test_what_is_known_is_asked_for_at_once_of_many(run: Run, ckptmgr: Call) -> 
     done = ckptmgr("check", run.directory, "--json").json
     safe = {one["step"]: one["safe"] for one in done["reports"][0]["candidates"]}
     assert safe == {0: True, 10: True, 20: False, 30: True, 40: True, 50: True}
+
+
+# A manager has it open
+
+
+def told(run: Path) -> dict[tuple[str, int], list[Verification]]:
+    """What the journal says of the bytes of each checkpoint of which it says something, oldest first."""
+    with Journal.open_read_only(run.with_name(f"{run.name}.journal.db"), whole=True) as journal:
+        rows = {(one.series, one.step): journal.verifications(one.id) for one in journal.checkpoints()}
+    return {at: found for at, found in rows.items() if found}
+
+
+def outcomes(run: Path) -> dict[tuple[str, int], list[bool]]:
+    return {at: [one.ok for one in found] for at, found in told(run).items()}
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def asked(run: Path) -> list[str]:
+    folder = run / requests.DIRECTORY
+    return [name for one in folder.iterdir() if (name := one.name)[0] != "."] if folder.is_dir() else []
+
+
+def test_a_manager_records_it_and_what_is_damaged_is_safe_for_no_command(tmp_path: Path, ckptmgr: Call) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run) as trainer:
+        trainer.tell("save 1 2 3")
+        flip(run, "checkpoint/step-3/__0_0.distcp")
+        assert ckptmgr("check", run).code == 0  # nobody has read it yet
+        document = ckptmgr("verify", run, "--json").json
+
+        assert results(document) == {("checkpoint", 1): INTACT, ("checkpoint", 2): INTACT, ("checkpoint", 3): DAMAGED}
+        assert (document["exit_code"], document["not_recorded_because"]) == (5, None)
+        assert document["by"].startswith(f"CheckpointManager, pid {trainer.process.pid}")
+        assert {one["recorded"] for one in document["checkpoints"]} == {True}
+        assert outcomes(run) == {("checkpoint", 1): [True], ("checkpoint", 2): [True], ("checkpoint", 3): [False]}
+        assert "R005" in (checked := ckptmgr("check", run)).out
+        assert checked.code == 4
+        assert ckptmgr("latest", run).out == f"{run}/checkpoint/step-2\n"
+        rest = ckptmgr("verify", run, "--older-than", "1d", "--json").json
+        assert (results(rest), rest["fresh"]) == ({("checkpoint", 3): DAMAGED}, 2)
+        plan = ckptmgr("prune", run, "--keep-last", 1, "--apply", "--json").json
+        assert [one["step"] for one in plan["keep"]] == [2, 3]
+        flip(run, "checkpoint/step-3/__0_0.distcp")
+        assert ckptmgr("verify", run, "--newest").code == 0
+        assert ckptmgr("check", run).code == 0
+    with Journal.open_read_only(run.with_name("alpha.journal.db"), whole=True) as journal:
+        assert [epoch.command for epoch in journal.epochs()] == ["live_trainer.py"]
+
+
+def test_a_manager_that_saves_all_the_time_records_it(tmp_path: Path, ckptmgr: Call) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run, keep="KeepLast(3) | KeepEvery(5)") as trainer:
+        trainer.tell("save 5 10 15")
+        trainer.tell("saving")
+        for number in range(1, 6):
+            done = ckptmgr("verify", run)
+            assert (done.code, "recorded" in done.err) == (0, False), done
+            assert done.err.startswith(f"the run is in use by CheckpointManager, pid {trainer.process.pid}")
+            assert outcomes(run)["checkpoint", 5] == [True] * number
+        trainer.tell("save 1")
+    assert asked(run) == []
+    assert ckptmgr("check", run, "--deep").code == 0
+    assert ckptmgr("recover", run).out == "nothing to recover\n"
+
+
+def test_a_manager_records_all_series_also_those_that_it_does_not_save(run: Run, ckptmgr: Call) -> None:
+    for step in (1, 2):
+        run.save(step)
+        run.save(step, series="hf", layout=Format.HUGGINGFACE)
+    run.journal.end_epoch(run.epoch)
+    run.journal.close()
+    flip(run, "hf/hf-2/model.bin")
+    with Trainer(run.directory):
+        done = ckptmgr("verify", run.directory)
+        document = ckptmgr("verify", run.directory, "--json").json
+
+    assert done.code == 5
+    assert done.err.count("asking it") == 1
+    assert {one["recorded"] for one in document["checkpoints"]} == {True}
+    assert outcomes(run.directory) == {
+        (series, step): [(series, step) != ("hf", 2)] * 2 for series in ("checkpoint", "hf") for step in (1, 2)
+    }
+
+
+def test_a_busy_manager_records_nothing_and_the_reason_is_said(tmp_path: Path, ckptmgr: Call) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run, look_every_s=1000) as trainer:
+        trainer.tell("save 1")
+        flip(run, "checkpoint/step-1/__0_0.distcp")
+        done = ckptmgr("verify", run, "--timeout", 0.3)
+        document = ckptmgr("verify", run, "--timeout", 0.3, "--json").json
+
+        assert done.code == 5
+        assert "asking it" in done.err
+        (why,) = [line for line in done.err.splitlines() if line.startswith("not all of this is recorded: ")]
+        assert f"CheckpointManager, pid {trainer.process.pid}" in why
+        assert "did not answer within 0.3 s" in why
+        assert "a longer --timeout" in done.err
+        assert "did not answer within 0.3 s" in document["not_recorded_because"]
+        assert (document["by"], document["checkpoints"][0]["recorded"]) == (None, False)
+        assert (asked(run), told(run)) == ([], {})
+
+
+def test_what_a_busy_manager_does_not_record_while_there_is_more_to_read_it_is_asked_at_the_end(
+    tmp_path: Path, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run) as trainer:
+        trainer.tell("save 1")
+        trainer.tell("hooks 5")
+        trainer.begin("save 2")
+        wait_until(lambda: ckptmgr("latest", run).out.endswith("/step-2\n"))
+        monkeypatch.setattr(verify, "_RECORD_EVERY_S", -1.0)
+        monkeypatch.setattr(verify, "_PATIENCE_S", 0.3)
+        waited_in_vain = []
+        record = verify.Book._record
+
+        def noted(*args: Any) -> None:
+            waited_in_vain.append(args[-1])
+            record(*args)
+            waited_in_vain.pop()
+
+        monkeypatch.setattr(verify.Book, "_record", noted)
+        done = ckptmgr("verify", run)
+        trainer.wait_for("did save 2")
+
+    assert done.code == 0
+    assert waited_in_vain == [0.3, 0.3]
+    assert ("recorded" in done.err, done.err.count("asking it")) == (False, 1)
+    assert outcomes(run) == {("checkpoint", 1): [True], ("checkpoint", 2): [True]}
+
+
+def test_what_was_read_before_ctrl_c_the_manager_records(tmp_path: Path) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run) as trainer:
+        trainer.tell("save 1 2 3")
+        with start("verify", run, "--max-bytes-per-second", "2kB") as child:
+            child.stdout.readline()
+            first = int(child.stdout.readline().split()[2])
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=30)
+
+        assert child.returncode == 130
+        assert "--older-than 1d` goes on" in err
+        assert outcomes(run) == {("checkpoint", first): [True]}
+
+
+def test_ctrl_c_while_nobody_answers_ends_it(tmp_path: Path) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run, look_every_s=1000) as trainer:
+        trainer.tell("save 1")
+        with start("verify", run) as child:
+            wait_until(lambda: bool(asked(run)))
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=30)
+        assert (child.returncode, err.splitlines()[-1]) == (130, "ckptmgr: interrupted")
+        assert (asked(run), told(run)) == ([], {})
+
+
+def test_a_manager_that_ends_meanwhile_leaves_the_recording_to_the_command(tmp_path: Path) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run, look_every_s=1000) as trainer:
+        trainer.tell("save 1")
+        with start("verify", run, "--json") as child:
+            wait_until(lambda: bool(asked(run)))
+            trainer.kill()
+            out, _ = child.communicate(timeout=30)
+    assert child.returncode == 0
+    assert '"by": null' in out
+    assert '"recorded": true' in out
+    assert (outcomes(run), asked(run)) == ({("checkpoint", 1): [True]}, [])
+
+
+def test_a_manager_that_dies_after_it_has_recorded_it_leaves_it_recorded(tmp_path: Path) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run, die_at="a request is done and nobody has said so") as trainer:
+        trainer.tell("save 1")
+        flip(run, "checkpoint/step-1/__0_0.distcp")
+        done = in_child("verify", run, "--json")
+        assert trainer.ended() != 0
+
+    assert (done.code, done.json["by"], done.json["checkpoints"][0]["recorded"]) == (5, None, True)
+    # By the manager, and again by the command, which cannot know.
+    assert outcomes(run) == {("checkpoint", 1): [False, False]}
+
+
+def test_requests_that_cannot_be_put_there_keep_nothing_from_being_read(tmp_path: Path, ckptmgr: Call) -> None:
+    run = tmp_path / "alpha"
+    with Trainer(run) as trainer:
+        trainer.tell("save 1")
+        (run / requests.DIRECTORY).write_text("a file where the directory belongs")
+        done = ckptmgr("verify", run)
+        document = ckptmgr("verify", run, "--json").json
+
+    assert done.code == 0
+    assert "not all of this is recorded: the manager that has the run cannot be asked through " in done.err
+    assert requests.DIRECTORY in document["not_recorded_because"]
+    assert results(document) == {("checkpoint", 1): INTACT}
+    assert told(run) == {}
+
+
+def test_a_manager_is_told_in_parts_and_only_what_it_can_be_told(run: Run) -> None:
+    record = run.save(500)
+    wrong = ("missing: \udcff", *["size: " + "x" * requests.LONGEST_MISMATCH] * requests.MOST_MISMATCHES)
+    ids = range(1, requests.MOST_VERIFIED + 502)
+    many = [Compared(dataclasses.replace(record, id=id), None, INTACT) for id in ids]
+    damaged = [Compared(dataclasses.replace(record, id=id, series="hf"), None, DAMAGED, wrong) for id in range(1, 10)]
+    told_of = list(parts([one for pair in zip(many, damaged, strict=False) for one in pair] + many[9:]))
+
+    assert [(series, len(several)) for series, several in told_of] == [
+        ("checkpoint", requests.MOST_VERIFIED), ("checkpoint", 501), *[("hf", 2)] * 4, ("hf", 1),
+    ]  # fmt: skip
+    for series, several in told_of:
+        one = requests.Request(
+            requests.VERIFY, series, 1, "h", 1, 1.0, 2.0, verified=tuple(each.verified for each in several)
+        )
+        assert requests.parse_request(one.to_json(), one.id) == one
+    assert damaged[0].verified.mismatches[0] == "missing: \\udcff"

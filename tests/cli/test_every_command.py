@@ -182,7 +182,7 @@ LINES = {
     "verify --series hf --newest": "0 2 0 0 0 0 0 0 0 5 10 12 5 10 10",
     "verify --subset 100% --max-bytes-per-second 1GB": "0 0 0 0 0 0 0 5 5 5 10 12 5 10 10",
     "verify --older-than 7d": "0 0 0 0 0 0 0 5 5 5 10 12 5 10 10",
-    "verify --step 1000": "0 3 0 0 0 0 0 5 5 5 10 12 5 10 10",
+    "verify --step 1000 --timeout 0.5": "0 3 0 0 0 0 0 5 5 5 10 12 5 10 10",
     "watch --series checkpoint --interval 1": "0 2 - 0 0 0 0 0 0 5 10 12 0 10 10",
     "stats": "0 0 0 0 0 0 0 0 0 5 10 12 0 10 10",
     "stats --series hf": "0 2 0 0 0 0 0 0 0 5 10 12 0 10 10",

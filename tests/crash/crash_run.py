@@ -23,7 +23,7 @@ from ckptmgr import durable, recovery, requests
 from ckptmgr.cli import main
 from ckptmgr.errors import CheckpointError, JournalCorrupt, JournalError, SaveFailed, UnsafePath
 from ckptmgr.journal import Journal
-from ckptmgr.lifecycle import CheckpointRecord, CheckpointState
+from ckptmgr.lifecycle import CheckpointRecord, CheckpointState, Verified
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.options import Permissions, Timeouts, WriterOptions
 from ckptmgr.recovery import FoundKind
@@ -365,13 +365,22 @@ def prune(run: Path, *faults: AtComment | AtEffect) -> None:
 
 def prune_by_asking(run: Path, *faults: AtComment | AtEffect) -> None:
     """The same while a manager has the run open, which it is asked for."""
+    _ask(run, faults, kind=requests.PRUNE, rule=KeepLast(1))
+
+
+def verify_by_asking(run: Path, *faults: AtComment | AtEffect) -> None:
+    """Say of two checkpoints how they were verified, while a manager has the run open, which records it."""
+    _ask(run, faults, kind=requests.VERIFY, verified=(Verified(1, True), Verified(3, False, ("digest: a",))))
+
+
+def _ask(run: Path, faults: Iterable[AtComment | AtEffect], **asked: Any) -> None:
     for fault in faults:
         arm(fault, run)
     with manager(run, keep=5), Journal.open_read_only(RunDirectory(run).journal_path) as journal:
         now = time.time()
         request = requests.Request(
-            requests.PRUNE, "dcp", journal.current_epoch(), socket.gethostname(), os.getpid(),
-            asked_at=now, deadline=now + 30, rule=KeepLast(1),
+            series="dcp", epoch=journal.current_epoch(), host=socket.gethostname(), pid=os.getpid(),
+            asked_at=now, deadline=now + 30, **asked,
         )  # fmt: skip
         requests.ask(run, request, Permissions())
         while (answer := requests.answer_to(run, request.id)) is None:

@@ -1,4 +1,4 @@
-"""A prune that dies on the way, here or in the manager that was asked for it."""
+"""A prune that dies on the way, here or in the manager that was asked for it; and a manager that was told of damage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ledger import ASKED, PRUNING
 from test_crash_sweep import Sweep, chosen
 
 from ckptmgr import requests
+from ckptmgr.journal import Journal
+from ckptmgr.rundir import RunDirectory
 
 KEPT = Scenario((Save("dcp", 1), Save("dcp", 2), Save("dcp", 3), Save("hf", 3)), (), keep=5)
 
@@ -64,6 +66,17 @@ def test_a_prune_that_nothing_stops_leaves_the_newest(forks, kept: Path):
     for run in (kept, asked):
         assert json.loads((run / "meta.json").read_text())["dcp_list"] == ["dcp/step-3"]
         forks.do(crash_run.check, run, True)
+
+
+def test_what_a_manager_was_told_of_damage_stays_known_when_it_dies_before_it_says_so(forks, kept: Path):
+    forks.crash(crash_run.verify_by_asking, kept, ASKED[-1])
+    assert list((kept / requests.DIRECTORY).glob("*.taken"))
+    forks.do(crash_run.recover_once, kept)
+
+    with Journal.open_read_only(RunDirectory(kept).journal_path, whole=True) as journal:
+        found = {id: (one.ok, one.mismatches) for id, one in journal.newest_verifications(range(1, 5)).items()}
+    assert found == {1: (True, ()), 3: (False, ("digest: a",))}
+    assert not list((kept / requests.DIRECTORY).iterdir())
 
 
 @pytest.mark.timeout(600)

@@ -36,6 +36,7 @@ from hostile_kit import MOST_MIB, MOST_S, forget_peak, peak_kib, tame
 from ckptmgr import PerRank, RandomState, filesystems, foreign, recovery, requests
 from ckptmgr.errors import CheckpointError
 from ckptmgr.journal import Journal, seal
+from ckptmgr.lifecycle import Verified
 from ckptmgr.manifest import MANIFEST_NAME, Manifest, is_run_id
 from ckptmgr.rebuild import preview_rebuild
 from ckptmgr.retention import KeepBest, KeepEvery, KeepFor, KeepLast
@@ -686,6 +687,9 @@ def _names_seeds(ground: Ground) -> list[bytes]:
     return [b"\n".join(made[start : start + 5]) for start in range(0, len(made), 5)]
 
 
+_IN_REQUESTS = (b'"last"', b'"n"', b'"hours"', b'"verify"', b'"verified"', b'"ok"', b'"mismatches"')
+
+
 def _requests(ground: Ground, data: bytes) -> None:
     """What a command may have asked, and what a manager may have answered."""
     folder = ground.run / requests.DIRECTORY
@@ -713,6 +717,7 @@ def _requests_seeds(ground: Ground) -> list[bytes]:
     asked = (
         requests.Request(requests.PRUNE, **who, rule=rule, safe=3),
         requests.Request(requests.PIN, **who, step=5, note="n\n"),
+        requests.Request(requests.VERIFY, **who, verified=(Verified(1, True), Verified(2, False, ("digest: a",)))),
     )
     answer = requests.Answer(requests.DONE, "", {3: ("last 2",)}, {1: "no rule keeps it"})
     return [*(one.to_json() for one in asked), answer.to_json(), requests.Answer(requests.REFUSED, "no").to_json()]
@@ -826,7 +831,7 @@ HARNESSES = {
         Harness("meta", _meta, _meta_seeds, _IN_JSON, most_bytes=4096),
         Harness("link", _link, lambda g: [b"hf-2", b"../..", b"\x1b[2J", b"\xff"], most_bytes=4096),
         Harness("names", _names, _names_seeds, (b".e1.a9.incomplete", b".retired", b"step-", b"hf-"), most_bytes=2048),
-        Harness("requests", _requests, _requests_seeds, (*_IN_JSON, b'"last"', b'"n"', b'"hours"'), most_bytes=4096),
+        Harness("requests", _requests, _requests_seeds, (*_IN_JSON, *_IN_REQUESTS), most_bytes=4096),
         Harness("their-index", _their_index, _index_seeds, (*_OF_INDEX, *_IN_PICKLES[:40])),
         Harness(
             "their-metadata", _of_others("step_1/metadata.pkl", "step_1/model_0.pt"), _pickle_seeds, _IN_PICKLES[:40]

@@ -19,9 +19,11 @@ from opened_managers import Open, Pause
 from ckptmgr import DCP, CheckpointManager, HuggingFace, KeepAll, KeepLast, Permissions, Series, commit, requests
 from ckptmgr.errors import InvalidArgument
 from ckptmgr.journal import Journal
-from ckptmgr.requests import PIN, PRUNE, UNPIN, Answer, Request
+from ckptmgr.lifecycle import Verified
+from ckptmgr.requests import PIN, PRUNE, UNPIN, VERIFY, Answer, Request
 
 NOBODY = 2**22 + 1
+DIFFERS = ("digest: __0_0.distcp has other bytes than were committed",)
 Asked = Callable[..., Request]
 
 
@@ -82,6 +84,14 @@ def wait_for_files(run: Path, *names: str) -> None:
 def live(run: Path) -> list[int]:
     with Journal.open_read_only(run.with_name("run.journal.db")) as journal:
         return [record.step for record in journal.checkpoints(live_only=True)]
+
+
+def verified(run: Path) -> list[tuple[int, bool, tuple[str, ...]]]:
+    """What the journal says of the bytes of each attempt, oldest first."""
+    with Journal.open_read_only(run.with_name("run.journal.db")) as journal:
+        found = [one for record in journal.checkpoints() for one in journal.verifications(record.id)]
+    assert {one.level for one in found} <= {"digest"}
+    return [(one.checkpoint_id, one.ok, one.mismatches) for one in found]
 
 
 def wait_until_deleted(run: Path) -> None:
@@ -254,6 +264,65 @@ def test_what_nobody_waits_for_is_never_carried_out(keeping, run_dir: Path, fact
     assert live(run_dir) == [1, 2]
 
 
+def test_what_was_verified_is_recorded_and_the_log_names_the_damage(
+    keeping, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = keeping()
+    save(manager, 1, 2)
+    done = answer(manager, ask(manager, VERIFY, verified=(Verified(2, False, DIFFERS), Verified(1, True))))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    assert done == Answer("done", "recorded")
+    assert verified(run_dir) == [(1, True, ()), (2, False, DIFFERS)]
+    asked_by = f"`ckptmgr verify` of pid {os.getpid()} on {socket.gethostname()}"
+    assert warnings == [f"checkpoint is damaged at step 2, as {asked_by} has found"]
+    answer(manager, ask(manager, VERIFY, verified=(Verified(2, True),)))
+    assert verified(run_dir)[-1] == (2, True, ())
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == warnings
+
+
+def test_what_was_verified_is_recorded_while_somebody_reads_and_after_it_was_let_go(keeping, run_dir: Path) -> None:
+    manager = keeping(KeepLast(1))
+    save(manager, 1, 2)
+    wait_until_deleted(run_dir)
+    with manager._leader.resuming():
+        done = answer(manager, ask(manager, VERIFY, verified=(Verified(1, False, DIFFERS), Verified(2, True))))
+
+    assert done.outcome == "done"
+    assert verified(run_dir) == [(1, False, DIFFERS), (2, True, ())]
+
+
+def test_what_was_verified_is_recorded_together_or_not_at_all(
+    open_manager: Open, run_dir: Path, paused_writer: Pause
+) -> None:
+    manager = open_manager(series=[Series("checkpoint", DCP(), keep=KeepAll()), Series("other", DCP())])
+    save(manager, 1)
+    manager.save(1, state(1), "other").wait()
+    with paused_writer(manager):
+        pending = manager.save(2, state(2))
+        deadline = time.monotonic() + 20
+        while not list(run_dir.glob("checkpoint/.step-2*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        refused = {
+            id: answer(manager, ask(manager, VERIFY, verified=(Verified(1, True), Verified(id, True))))
+            for id in (2, 3, 4, 10**18 - 1)
+        }
+    pending.wait()
+
+    assert {done.outcome for done in refused.values()} == {"refused"}
+    assert {id: done.text.partition(":")[0] for id, done in refused.items()} == {
+        2: "InvalidArgument",  # of another series
+        3: "InvalidArgument",  # not committed
+        4: "CheckpointNotFound",
+        10**18 - 1: "CheckpointNotFound",
+    }
+    assert verified(run_dir) == []
+    assert answer(manager, ask(manager, VERIFY, verified=(Verified(1, True),))).outcome == "done"
+    assert answer(manager, ask(manager, VERIFY, series="other", verified=(Verified(2, True),))).outcome == "done"
+    wait_for_files(run_dir)
+
+
 def test_a_request_to_the_manager_that_takes_over_is_left_to_it(keeping, run_dir: Path) -> None:
     manager = keeping()
     save(manager, 1, 2)
@@ -267,7 +336,7 @@ def test_a_request_to_the_manager_that_takes_over_is_left_to_it(keeping, run_dir
     assert answer(later, asked).drop.keys() == {1}
 
 
-@pytest.mark.parametrize("kind", [PRUNE, PIN, UNPIN])
+@pytest.mark.parametrize("kind", [PRUNE, PIN, UNPIN, VERIFY])
 def test_a_manager_of_an_older_epoch_changes_nothing(keeping, run_dir: Path, kind: str) -> None:
     manager = keeping()
     save(manager, 1, 2)
@@ -275,10 +344,11 @@ def test_a_manager_of_an_older_epoch_changes_nothing(keeping, run_dir: Path, kin
         journal.begin_epoch(host="elsewhere", pid=1, command="train.py", versions={})
         if kind == UNPIN:
             journal.pin("checkpoint", 1)
-    done = answer(manager, ask(manager, kind, **({"rule": KeepLast(1)} if kind == PRUNE else {"step": 1})))
+    facts = {PRUNE: {"rule": KeepLast(1)}, VERIFY: {"verified": (Verified(1, True),)}}
+    done = answer(manager, ask(manager, kind, **facts.get(kind, {"step": 1})))
 
     assert (done.outcome, done.text.partition(":")[0]) == ("refused", "StaleWriter")
-    assert live(run_dir) == [1, 2]
+    assert (live(run_dir), verified(run_dir)) == ([1, 2], [])
     with Journal.open_read_only(run_dir.with_name("run.journal.db")) as journal:
         assert [record.pinned for record in journal.checkpoints()] == [kind == UNPIN, False]
 
@@ -289,6 +359,7 @@ def test_a_manager_of_an_older_epoch_changes_nothing(keeping, run_dir: Path, kin
         (PIN, {"step": 7}, "CheckpointNotFound"),
         (PIN, {"step": 1, "series": "other"}, "InvalidArgument: there is no series 'other'"),
         (PRUNE, {"rule": KeepLast(1), "series": "../checkpoint"}, "InvalidArgument: there is no series"),
+        (VERIFY, {"verified": (Verified(1, True),), "series": "other"}, "InvalidArgument: there is no series 'other'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(keeping, kind: str, facts: dict[str, Any], why: str) -> None:
@@ -462,6 +533,52 @@ def test_what_is_not_all_of_a_request_is_none(change: dict[str, Any]) -> None:
     body = {**json.loads(request(PRUNE, rule=KeepLast(1)).to_json()), **change}
     with pytest.raises(InvalidArgument):
         requests.parse_request(json.dumps(body).encode(), "0" * 32)
+
+
+def test_what_was_verified_is_the_same_when_it_is_read_again() -> None:
+    most = ("\U0001f4a5" * requests.LONGEST_MISMATCH,) * requests.MOST_MISMATCHES
+    several = (Verified(1, True), Verified(10**18 - 1, False, ("missing: a\nb",)), Verified(2, False, most))
+    asked = request(VERIFY, verified=several)
+
+    assert requests.parse_request(asked.to_json(), asked.id) == asked
+    many = tuple(Verified(id, True) for id in range(1, requests.MOST_VERIFIED + 1))
+    assert requests.parse_request(request(VERIFY, verified=many).to_json(), "0" * 32).verified == many
+
+
+_FOUND = {"checkpoint_id": 1, "ok": False, "mismatches": ["digest: a"]}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        [],
+        {},
+        [1],
+        [_FOUND, _FOUND],
+        [{"checkpoint_id": id, "ok": True, "mismatches": []} for id in range(1, requests.MOST_VERIFIED + 2)],
+        [{**_FOUND, "checkpoint_id": 0}],
+        [{**_FOUND, "checkpoint_id": True}],
+        [{**_FOUND, "checkpoint_id": 1.0}],
+        [{**_FOUND, "checkpoint_id": 10**18}],
+        [{**_FOUND, "ok": 0}],
+        [{**_FOUND, "ok": None}],
+        [{**_FOUND, "ok": True}],
+        [{**_FOUND, "mismatches": []}],
+        [{**_FOUND, "mismatches": "digest: a"}],
+        [{**_FOUND, "mismatches": [1]}],
+        [{**_FOUND, "mismatches": ["digest: \udcff"]}],
+        [{**_FOUND, "mismatches": ["x" * (requests.LONGEST_MISMATCH + 1)]}],
+        [{**_FOUND, "mismatches": ["x"] * (requests.MOST_MISMATCHES + 1)}],
+        [{"checkpoint_id": 1}],
+    ],
+    ids=lambda found: repr(found)[:60],
+)
+def test_what_does_not_say_how_each_was_verified_is_no_request(found: Any) -> None:
+    body = json.loads(request(VERIFY, verified=(Verified(1, True),)).to_json())
+    requests.parse_request(json.dumps(body).encode(), "0" * 32)
+    with pytest.raises(InvalidArgument):
+        requests.parse_request(json.dumps({**body, "verified": found}).encode(), "0" * 32)
 
 
 @pytest.mark.parametrize(

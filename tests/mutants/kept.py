@@ -969,6 +969,24 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "told-of-damage-and-deaf",
+        "a manager that is told of a damaged checkpoint records it as intact",
+        (
+            Edit(
+                "requests.py",
+                "        found.append(Verified(id, ok, tuple(texts)))\n",
+                "        found.append(Verified(id, True))\n",
+            ),
+        ),
+        (
+            _tests(
+                "requests",
+                "manager/test_requests.py::test_what_was_verified_is_recorded_and_the_log_names_the_damage",
+                sign="assert",
+            ),
+        ),
+    ),
+    Mutant(
         "adopted-while-it-changed",
         "a file that has changed while it was read is adopted",
         (
