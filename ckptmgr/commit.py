@@ -579,12 +579,12 @@ class Leader:
     def _do_request(self, request: requests.Request) -> requests.Answer:
         self._require_home()
         self._check_epoch(0)
+        if request.kind == requests.VERIFY:
+            return self._record_verified(request)
         if request.series not in self._series:
             raise InvalidArgument(f"there is no series {request.series!r} in this run")
         if request.rule is not None:
             return self._prune(request, request.rule)
-        if request.kind == requests.VERIFY:
-            return self._record_verified(request)
         assert request.step is not None
         if request.kind == requests.PIN:
             self._journal.pin(request.series, request.step, note=request.note)

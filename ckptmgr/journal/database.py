@@ -136,6 +136,28 @@ def _refuse_companions(plain: Path) -> None:
         )
 
 
+class _Connection(sqlite3.Connection):
+    """One that knows its cursors: what is left of a query keeps the journal locked until its cursor is closed."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def cursor(self, *arguments: Any, **options: Any) -> Any:
+        cursor = super().cursor(*arguments, **options)
+        self._cursors.add(cursor)
+        return cursor
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        cursor: sqlite3.Cursor = self.cursor().execute(*arguments)
+        return cursor
+
+    def close_cursors(self) -> None:
+        """Also those that a traceback holds."""
+        for cursor in list(self._cursors):
+            cursor.close()
+
+
 def connect(
     path: Path, mode: Mode, *, foreign_keys: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS
 ) -> sqlite3.Connection:
@@ -158,6 +180,7 @@ def connect(
         timeout=busy_timeout_ms / 1000,
         isolation_level=None,  # BEGIN and COMMIT are ours; the driver's own guesses break transactional DDL
         check_same_thread=False,  # Database serialises its users
+        factory=_Connection,
     )
     try:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
@@ -479,6 +502,8 @@ class Database:
 def abandon(connection: sqlite3.Connection) -> None:
     """Roll back: closing alone would keep its locks as long as a traceback holds a statement of it."""
     with contextlib.suppress(sqlite3.Error):
+        if isinstance(connection, _Connection):
+            connection.close_cursors()
         connection.rollback()
 
 

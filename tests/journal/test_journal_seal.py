@@ -17,7 +17,7 @@ import pytest
 from journal_steps import FILES, S, Steps, contents
 
 from ckptmgr.errors import JournalCorrupt, JournalError, JournalSchemaMismatch
-from ckptmgr.journal import Journal, declared, schema, seal, upgrade
+from ckptmgr.journal import Journal, database, declared, schema, seal, upgrade
 from ckptmgr.lifecycle import RetirementMark
 
 TABLES = sorted(set(schema.metadata.tables) - {"seal"})
@@ -345,6 +345,24 @@ def test_the_seal_follows_every_change(full):
             assert journal.files(1) == list(FILES)
             with contextlib.closing(sqlite3.connect(full)) as connection:
                 assert seal.broken(connection, seal.OUTLINE) is None
+
+
+@pytest.mark.parametrize("opening", [Journal.open, Journal.open_read_only])
+def test_an_interrupt_in_the_middle_of_a_question_keeps_nothing_locked_while_it_is_handled(full, monkeypatch, opening):
+    def struck(*_, **__):
+        raise KeyboardInterrupt
+
+    with opening(full) as asked:
+        monkeypatch.setattr("ckptmgr.journal.questions.zip", struck, raising=False)
+        try:
+            asked.checkpoints()
+        except KeyboardInterrupt:
+            with contextlib.closing(database.connect(full, "rw", busy_timeout_ms=100)) as other:
+                other.execute("BEGIN IMMEDIATE").close()
+                other.execute("UPDATE run SET last_change = 'mine'").close()
+                other.execute("COMMIT").close()
+        else:
+            pytest.fail("it was not interrupted")
 
 
 # One that comes while Python calls back about an object that is gone is lost, and pytest says so.

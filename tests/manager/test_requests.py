@@ -292,6 +292,19 @@ def test_what_was_verified_is_recorded_while_somebody_reads_and_after_it_was_let
     assert verified(run_dir) == [(1, False, DIFFERS), (2, True, ())]
 
 
+def test_what_was_verified_of_a_series_that_is_not_saved_any_more_is_recorded(
+    open_manager: Open, keeping, run_dir: Path
+) -> None:
+    earlier = open_manager(series=[Series("old", DCP())])
+    earlier.save(1, state(1), "old").wait()
+    earlier.close()
+    manager = keeping()
+    done = answer(manager, ask(manager, VERIFY, series="old", verified=(Verified(1, True),), epoch=2))
+
+    assert done == Answer("done", "recorded")
+    assert verified(run_dir) == [(1, True, ())]
+
+
 def test_what_was_verified_is_recorded_together_or_not_at_all(
     open_manager: Open, run_dir: Path, paused_writer: Pause
 ) -> None:
@@ -359,7 +372,11 @@ def test_a_manager_of_an_older_epoch_changes_nothing(keeping, run_dir: Path, kin
         (PIN, {"step": 7}, "CheckpointNotFound"),
         (PIN, {"step": 1, "series": "other"}, "InvalidArgument: there is no series 'other'"),
         (PRUNE, {"rule": KeepLast(1), "series": "../checkpoint"}, "InvalidArgument: there is no series"),
-        (VERIFY, {"verified": (Verified(1, True),), "series": "other"}, "InvalidArgument: there is no series 'other'"),
+        (
+            VERIFY,
+            {"verified": (Verified(1, True),), "series": "other"},
+            "InvalidArgument: attempt 1 is no checkpoint of",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(keeping, kind: str, facts: dict[str, Any], why: str) -> None:
