@@ -49,6 +49,9 @@ class WriterProcess:
         self.stop(0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
+            # Also where the training has set a default timeout for its sockets.
+            for end in (ours, theirs):
+                end.setblocking(True)
             try:
                 self._process = subprocess.Popen(
                     [
@@ -160,26 +163,34 @@ class WriterProcess:
 
         Raises:
             TimeoutError: It was over.
+            OSError: There can be no thread that looks at the time.
         """
         assert self._pipe is not None
-        descriptor, late = self._pipe.fileno(), threading.Event()
+        # The same descriptor: where all are in use, there would be no other one to break it by.
+        pipe, late = socket.socket(fileno=self._pipe.fileno()), threading.Event()
+        pipe.setblocking(True)
 
         def expire() -> None:
             late.set()
-            with socket.socket(fileno=os.dup(descriptor)) as pipe:
-                pipe.shutdown(socket.SHUT_RDWR)
+            pipe.shutdown(socket.SHUT_RDWR)
 
         watch = threading.Timer(max(0.001, timeout_s), expire)
         watch.name, watch.daemon = "ckptmgr-writer-watch", True
-        watch.start()
         try:
+            try:
+                watch.start()
+            except RuntimeError as error:
+                # The answer would be taken for that to the next request.
+                raise OSError(str(error)) from error
             yield
         except (EOFError, OSError):
             if not late.is_set():
                 raise
         finally:
             watch.cancel()
-            watch.join()
+            if watch.ident is not None:
+                watch.join()
+            pipe.detach()
         if late.is_set():
             raise TimeoutError
 
@@ -193,4 +204,4 @@ def _how(process: subprocess.Popen[bytes] | None, error: Exception) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(5)
             return f"signal {-code}" if code < 0 else f"exit status {code}"
-    return type(error).__name__
+    return f"{type(error).__name__}: {error}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -282,8 +286,70 @@ def test_a_writer_that_stops_within_its_answer_is_killed_too(process, tmp_path):
     assert_gone(pid)
 
 
+def test_a_stopped_writer_is_killed_also_where_no_file_can_be_opened_any_more(process, tmp_path):
+    assert process.start(30) is None
+    pid = process.pid
+    os.kill(pid, signal.SIGSTOP)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.dup(0)
+    opened = [first]
+    killed = threading.Timer(20, os.kill, (pid, signal.SIGKILL))  # so that a failure does not take for ever
+    killed.start()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 20, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.dup(0))
+        answer = process.do(DigestJob(str(tmp_path), (), 0), 0.3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened:
+            os.close(descriptor)
+        killed.cancel()
+
+    assert answer.cause == "the writer process did not answer within 0.3 s"
+    assert_gone(pid)
+
+
+def test_a_default_timeout_of_the_sockets_of_the_training_is_none_of_the_writer(process, arena, tmp_path):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        assert process.share(arena, 30) is None
+        answer = process.do(job(tmp_path), 10)
+    finally:
+        socket.setdefaulttimeout(before)
+
+    assert answer.cause is None
+    assert (tmp_path / "x.bin").read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("when", ["start", "do", "stop"])
+def test_no_answer_is_taken_for_another_where_no_thread_can_be_started(process, tmp_path, monkeypatch, when):
+    (tmp_path / "file").write_bytes(b"x")
+    digest = DigestJob(str(tmp_path), ("file",), 0)
+    if when != "start":
+        assert process.start(30) is None
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Timer, "start", refuse)
+        if when == "start":
+            assert "can't start new thread" in process.start(30)
+        elif when == "do":
+            assert "can't start new thread" in process.do(digest, 30).cause
+        else:
+            pid = process.pid
+            process.stop(0.1)
+            assert_gone(pid)
+    assert process.pid is None
+    assert process.start(30) is None
+    assert [entry.path for entry in process.do(digest, 30).files] == ["file"]
+
+
 def test_killing_from_another_thread_ends_the_wait(process, tmp_path):
-    import threading
 
     takes_for_ever(tmp_path / "stuck")
     assert process.start(30) is None
