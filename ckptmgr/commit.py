@@ -606,14 +606,14 @@ class Leader:
                 raise InvalidArgument(f"attempt {record.id} is no checkpoint of series {request.series!r}")
             if not one.ok:
                 damaged.append(record.step)
-        self._journal.record_verifications(request.verified, level="digest")
+        outdated = self._journal.record_verifications(request.verified, level="digest")
         if damaged:
             more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
             log.warning(
                 "%s is damaged at step %s, as `ckptmgr verify` of pid %d on %s has found",
                 request.series, ", ".join(map(str, damaged[:_NAMED])) + more, request.pid, request.host,
             )  # fmt: skip
-        return requests.Answer(requests.DONE, "recorded")
+        return requests.Answer(requests.DONE, "recorded", keep=dict.fromkeys(outdated, (requests.OUTDATED,)))
 
     def _prune(self, request: requests.Request, rule: KeepRule) -> requests.Answer:
         """Let go what *rule* does not keep: marked in the journal, forgotten here, and no longer in ``meta.json``."""

@@ -228,8 +228,14 @@ class RetirementMark:
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """How the files of one checkpoint compared with the journal, and what differs if they are not as committed."""
+    """
+    How the files of one checkpoint compared with the journal, and what differs if they are not as committed.
+
+    *after* is the last verification that was known before they were read, 0 if none was; None: nothing can have come
+    in between.
+    """
 
     checkpoint_id: int
     ok: bool
     mismatches: tuple[str, ...] = ()
+    after: int | None = None

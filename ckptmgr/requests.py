@@ -40,6 +40,8 @@ DIRECTORY = ".ckptmgr-requests"
 PRUNE, PIN, UNPIN, VERIFY = "prune", "pin", "unpin", "verify"
 #: Why a prune keeps what no rule keeps, besides what `retention.plan` says itself.
 SAFE, OVERWRITTEN, RESUMED = "newest that is safe", "being overwritten", "resumed from, not superseded yet"
+#: Why a VERIFY is not recorded of a checkpoint that was found intact.
+OUTDATED = "damage was found after it was read"
 DONE, REFUSED = "done", "refused"
 #: Of a request or an answer, in bytes: an answer says of each of a hundred thousand checkpoints why it stays.
 MAX_BYTES = 32 << 20
@@ -102,6 +104,7 @@ class Answer:
     What became of a request.
 
     *text* says why it was refused, or what was done. *keep* and *drop* are what a PRUNE decided: by checkpoint id.
+    Of a VERIFY, *keep* are those of which the journal goes on saying what it said, and why.
     """
 
     outcome: str
@@ -294,7 +297,8 @@ def _verified_of(entries: Any) -> tuple[Verified, ...]:
             raise InvalidArgument(f"a request does not say of checkpoint {id} how it was verified")
         if len(texts) > MOST_MISMATCHES or ok == bool(texts):
             raise InvalidArgument(f"a request says that {len(texts)} things differ in checkpoint {id}, which is {ok=}")
-        found.append(Verified(id, ok, tuple(texts)))
+        after = None if entry.get("after") is None else _whole(entry, "after")
+        found.append(Verified(id, ok, tuple(texts), after))
     ids = {one.checkpoint_id for one in found}
     if 0 in ids or len(ids) < len(found):
         raise InvalidArgument("a request names a checkpoint twice, or one that cannot be")

@@ -53,6 +53,8 @@ _RECORD_EVERY_S = 30.0
 _LOOKS = 5
 #: How long a manager is waited for while there is more to read, or after Ctrl-C; at the end it is asked again.
 _PATIENCE_S = 5.0
+#: How many checkpoints one reason names.
+_NAMED = 3
 #: What differs in all that one request tells of, in characters; JSON may take twelve bytes for each.
 _MOST_CHARACTERS = requests.MAX_BYTES // 32
 
@@ -106,7 +108,7 @@ class Compared:
             text.encode(errors="backslashreplace").decode() for text in self.mismatches[: requests.MOST_MISMATCHES]
         )
         cut = tuple(text[: requests.LONGEST_MISMATCH] for text in texts)
-        return Verified(self.record.id, self.result == INTACT, cut)
+        return Verified(self.record.id, self.result == INTACT, cut, self.before.id if self.before is not None else 0)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         book = Book(rundir, out, args.timeout)
         if chosen and (why := book.try_lock()):
             out.note(f"what is found will not be recorded: {why}", "run it again when the run is not in use")
-        compared = verify(journal, rundir, chosen, trust, book=book, pace=Pace(args.max_bytes_per_second), out=out)
+        compared = verify(journal, rundir, chosen, book=book, pace=Pace(args.max_bytes_per_second), out=out)
         about = target.document(rundir, journal.run_id)
     damaged = [one for one in compared if one.result == DAMAGED]
     code = Exit.CORRUPT if damaged else Exit.OK
@@ -212,7 +214,6 @@ def verify(
     journal: Questions,
     rundir: RunDirectory,
     chosen: Sequence[CheckpointRecord],
-    trust: Mapping[int, Verification],
     *,
     book: Book,
     pace: Pace,
@@ -230,7 +231,8 @@ def verify(
                 progress.add(count, doing)
                 pace.wait(count)
 
-            one = compare(journal, rundir, record, trust.get(record.id), read)
+            before = journal.newest_verifications([record.id]).get(record.id)
+            one = compare(journal, rundir, record, before, read)
             done.append(one)
             out.progress(None)
             if one.result != GONE:
@@ -321,6 +323,7 @@ class Book:
         self._out = out
         self._timeout_s = timeout_s
         self._waiting: list[Compared] = []
+        self._outdated: list[Compared] = []
         self._written_at = time.monotonic()
         self._hint = ""
         self.refused: str | None = None
@@ -368,28 +371,36 @@ class Book:
             except OSError as error:
                 place, why = self._rundir.path / requests.DIRECTORY, error.strerror or error
                 self.refused, self._hint = f"the manager that has the run cannot be asked through {place}: {why}", ""
+        if self._outdated and self.refused is None:
+            some = ", ".join(f"{one.record.series} step {one.record.step}" for one in self._outdated[:_NAMED])
+            more = f" and {len(self._outdated) - _NAMED} more" if len(self._outdated) > _NAMED else ""
+            self.refused = f"{requests.OUTDATED}: {some}{more}"
+            self._hint = "verify it again: the damage stays on record until it is read anew and found intact"
         self._written_at = time.monotonic()
 
     def say_what_is_missing(self) -> None:
         """Say what could not be recorded, and why."""
-        if self._waiting:
+        if self._waiting or self._outdated:
             self._out.note(f"not all of this is recorded: {self.refused}", self._hint)
 
     def _record(self, series: str, several: Sequence[Compared], timeout_s: float) -> None:
         verified = tuple(one.verified for one in several)
 
         def here(journal: Journal) -> Answer:
-            journal.record_verifications(verified, level="digest")
-            return Answer(requests.DONE)
+            outdated = journal.record_verifications(verified, level="digest")
+            return Answer(requests.DONE, keep=dict.fromkeys(outdated, (requests.OUTDATED,)))
 
-        _, by = asking.carry_out(
+        answer, by = asking.carry_out(
             self._rundir, self._out, command=COMMAND, here=here, timeout_s=timeout_s,
             kind=requests.VERIFY, series=series, verified=verified,
         )  # fmt: skip
         self.by = by or self.by
         for one in several:
-            one.recorded = True
-        self._waiting = [one for one in self._waiting if not one.recorded]
+            one.recorded = one.record.id not in answer.keep
+            if not one.recorded:
+                self._outdated.append(one)
+        told = {one.record.id for one in several}
+        self._waiting = [one for one in self._waiting if one.record.id not in told]
 
 
 def parts(waiting: Sequence[Compared]) -> Iterator[tuple[str, Sequence[Compared]]]:

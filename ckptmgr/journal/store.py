@@ -538,19 +538,31 @@ class Journal(Questions):
         """
         self.record_verifications([Verified(checkpoint_id, ok, tuple(mismatches))], level=level)
 
-    def record_verifications(self, found: Sequence[Verified], *, level: Literal["size", "digest"]) -> None:
+    def record_verifications(self, found: Sequence[Verified], *, level: Literal["size", "digest"]) -> tuple[int, ...]:
         """
         The same for several checkpoints: for all of them or for none. Rank 0 only.
+
+        Returns:
+            Those of which nothing is recorded: they were found intact, but damage has been recorded since they were
+            read, and what was read before it was found does not take it back.
 
         Raises:
             CheckpointNotFound: One of them is no attempt.
         """
         facts = {"at": time.time(), "level": level}
+        outdated = []
+        worse = select(verification.c.id).where(verification.c.level == level, verification.c.ok == 0)
         with self._database.writing() as connection:
             for one in found:
                 self._row(connection, one.checkpoint_id)
+                if one.ok and one.after is not None:
+                    later = (verification.c.checkpoint_id == one.checkpoint_id, verification.c.id > one.after)
+                    if connection.execute(worse.where(*later).limit(1)).first() is not None:
+                        outdated.append(one.checkpoint_id)
+                        continue
                 told = {"ok": int(one.ok), "mismatches": _json(list(one.mismatches), "mismatches")}
                 connection.execute(insert(verification).values(checkpoint_id=one.checkpoint_id, **facts, **told))
+        return tuple(outdated)
 
     # Within a transaction
 

@@ -403,6 +403,36 @@ def test_what_is_known_is_asked_for_at_once_of_many(run: Run, ckptmgr: Call) -> 
     assert safe == {0: True, 10: True, 20: False, 30: True, 40: True, 50: True}
 
 
+@pytest.mark.parametrize("is_managed", [False, True])
+def test_what_was_read_before_damage_was_found_does_not_take_it_back(
+    tmp_path: Path, ckptmgr: Call, monkeypatch: pytest.MonkeyPatch, is_managed: bool
+) -> None:
+    path = tmp_path / "alpha"
+    add = verify.Book.add
+
+    def found_meanwhile(book: verify.Book, one: Compared) -> None:
+        if one.record.step == 2:
+            flip(path, "checkpoint/step-2/__0_0.distcp")
+            assert in_child("verify", path, "--step", 2).code == 5
+        add(book, one)
+
+    with Trainer(path) as trainer:
+        trainer.tell("save 1 2")
+        if not is_managed:
+            trainer.tell("close")
+        with monkeypatch.context() as patched:
+            patched.setattr(verify.Book, "add", found_meanwhile)
+            done = ckptmgr("verify", path, "--json").json
+        assert results(done) == {("checkpoint", 1): INTACT, ("checkpoint", 2): INTACT}
+        assert {one["step"]: one["recorded"] for one in done["checkpoints"]} == {1: True, 2: False}
+        assert done["not_recorded_because"] == "damage was found after it was read: checkpoint step 2"
+        assert outcomes(path) == {("checkpoint", 1): [True], ("checkpoint", 2): [False]}
+        assert ckptmgr("latest", path).out == f"{path}/checkpoint/step-1\n"
+        flip(path, "checkpoint/step-2/__0_0.distcp")
+        assert ckptmgr("verify", path).err.count("recorded") == 0
+        assert outcomes(path)["checkpoint", 2] == [False, True]
+
+
 # A manager has it open
 
 

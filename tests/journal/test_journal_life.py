@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -21,7 +22,7 @@ from ckptmgr.errors import (
     StepAlreadySaved,
 )
 from ckptmgr.journal import Journal
-from ckptmgr.lifecycle import TRANSITIONS, Format, RetirementMark
+from ckptmgr.lifecycle import TRANSITIONS, Format, RetirementMark, Verified
 from ckptmgr.manifest import MAX_NUMBER, FileEntry, Manifest
 
 IN_FLIGHT = WALK[:3]
@@ -707,6 +708,23 @@ def test_verifications_are_kept_in_order(steps):
     assert first.checkpoint_id == record.id
     assert first.at <= second.at
     assert steps.journal.verifications(99) == []
+
+
+def test_what_was_intact_before_damage_was_found_takes_no_damage_back(steps):
+    first, second = steps.commit(1), steps.commit(2)
+    record = functools.partial(steps.journal.record_verifications, level="digest")
+    steps.journal.record_verification(first.id, level="size", ok=False, mismatches=("size: a",))
+    assert record([Verified(first.id, False, ("digest: a",), 0), Verified(second.id, True, (), 0)]) == ()
+    (damaged,) = steps.journal.newest_verifications([first.id]).values()
+
+    assert record([Verified(first.id, True, (), 1), Verified(second.id, True, (), 1)]) == (first.id,)
+    assert record([Verified(first.id, False, ("digest: b",), 1)]) == ()
+    again = steps.journal.newest_verifications([first.id])[first.id]
+    assert (again.ok, again.id > damaged.id) == (False, True)
+    assert record([Verified(first.id, True, (), damaged.id)]) == (first.id,)
+    assert record([Verified(first.id, True, (), again.id)]) == ()
+    assert [one.ok for one in steps.journal.verifications(first.id)] == [False, False, False, True]
+    assert [one.ok for one in steps.journal.verifications(second.id)] == [True, True]
 
 
 def manifest(step: int, attempt: int, **facts) -> Manifest:

@@ -554,7 +554,7 @@ def test_what_is_not_all_of_a_request_is_none(change: dict[str, Any]) -> None:
 
 def test_what_was_verified_is_the_same_when_it_is_read_again() -> None:
     most = ("\U0001f4a5" * requests.LONGEST_MISMATCH,) * requests.MOST_MISMATCHES
-    several = (Verified(1, True), Verified(10**18 - 1, False, ("missing: a\nb",)), Verified(2, False, most))
+    several = (Verified(1, True, after=7), Verified(10**18 - 1, False, ("missing: a\nb",)), Verified(2, False, most))
     asked = request(VERIFY, verified=several)
 
     assert requests.parse_request(asked.to_json(), asked.id) == asked
@@ -582,6 +582,9 @@ _FOUND = {"checkpoint_id": 1, "ok": False, "mismatches": ["digest: a"]}
         [{**_FOUND, "ok": None}],
         [{**_FOUND, "ok": True}],
         [{**_FOUND, "mismatches": []}],
+        [{**_FOUND, "after": -1}],
+        [{**_FOUND, "after": True}],
+        [{**_FOUND, "after": "1"}],
         [{**_FOUND, "mismatches": "digest: a"}],
         [{**_FOUND, "mismatches": [1]}],
         [{**_FOUND, "mismatches": ["digest: \udcff"]}],

@@ -974,7 +974,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "requests.py",
-                "        found.append(Verified(id, ok, tuple(texts)))\n",
+                "        found.append(Verified(id, ok, tuple(texts), after))\n",
                 "        found.append(Verified(id, True))\n",
             ),
         ),
