@@ -19,7 +19,7 @@ help: ## list these targets
 demo: $(VENV)/installed ## kill a training job in the middle of a save and see that nothing is lost (about 2 min)
 	$(BIN)/python tools/demo/demo.py $(DEMO)
 
-test: $(VENV)/installed ## run the tests (about 13 min on two cores)
+test: $(VENV)/installed ## run the tests (about 14 min on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow' $(TESTS)
 
 test-slow: $(VENV)/installed ## those that take long: demo, torture and soak in small, examples of the docs (about 5 min)

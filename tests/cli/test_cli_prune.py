@@ -407,6 +407,7 @@ def test_a_busy_manager_ends_with_11_and_prunes_nothing_later(trained: Path, ckp
         assert [row["step"] for row in listed(ckptmgr, trained)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["what a command wants to be rid of is marked", "a request is done and nobody has said so"]
 )

@@ -121,6 +121,7 @@ def test_each_file_is_compared_once_in_the_job(here: Here) -> None:
     assert compared, "this rank had nothing to do"
 
 
+@pytest.mark.slow
 @on_ranks(2, timeout_s=90)
 def test_a_rank_that_takes_longer_than_ranks_wait_for_each_other_is_waited_for(here: Here) -> None:
     real = RunDirectory.verify

@@ -164,6 +164,7 @@ def _check_exports(tmp_path: Path) -> None:
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
 
 
+@pytest.mark.slow
 def test_two_ranks_save_and_one_two_and_four_resume_and_plain_pytorch_loads_and_exports_conform(tmp_path: Path) -> None:
     saved = run_on_ranks(2, _train_and_save, tmp_path)
     _check_exports(tmp_path)

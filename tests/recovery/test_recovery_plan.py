@@ -230,6 +230,7 @@ def test_crashing_after_any_step_and_recovering_again_ends_the_same(this):
                 raise
 
 
+@pytest.mark.slow
 def test_rows_that_are_gone_and_have_left_no_trace_change_no_plan():
     """So that a start need not read the whole history of a long run."""
     left_out = 0
